@@ -1,0 +1,3 @@
+from ha_core.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Shells: what connects the machines to the world, under trio."""
