@@ -66,9 +66,7 @@ class Profile:
                 f"profile {self.name}: expected 0 < renewal_s < election_min_s <= election_max_s", field="profile"
             )
         if self.margin_s < 0.02 * self.lease_s:
-            raise ConfigError(
-                f"profile {self.name}: margin_s must be at least 2 % of lease_s", field="profile.margin_s"
-            )
+            raise ConfigError(f"profile {self.name}: margin_s must be at least 2 % of lease_s", field="profile.margin_s")
         needed = self.election_max_s + 2 * self.prevote_retry_max_s + 2 * self.renewal_s
         if needed > self.lease_s - self.margin_s:
             raise ConfigError(
@@ -179,9 +177,7 @@ class Config:
             with path.open("rb") as file:
                 data = tomllib.load(file)
         except OSError as exc:
-            raise ConfigError(
-                f"{path}: cannot read the configuration: {exc.strerror}", field="", value=str(path)
-            ) from exc
+            raise ConfigError(f"{path}: cannot read the configuration: {exc.strerror}", field="", value=str(path)) from exc
         except tomllib.TOMLDecodeError as exc:
             raise ConfigError(f"{path}: not valid TOML: {exc}", field="", value=str(path)) from exc
         try:
@@ -230,12 +226,8 @@ def _converter(base: Path) -> cattrs.Converter:
                 raise ConfigError(f"unknown key {min(unknown)!r}", value=known[min(unknown)])
             bad = [key for key, item in known.items() if key.endswith("_s") and type(item) not in (int, float)]
             if bad:
-                raise ConfigError(
-                    f"{bad[0]}: expected a number of seconds, found {known[bad[0]]!r}", value=known[bad[0]]
-                )
-            return attrs.evolve(
-                PROFILES[preset], **({"name": "custom"} | {k: v for k, v in known.items() if k != "base"})
-            )
+                raise ConfigError(f"{bad[0]}: expected a number of seconds, found {known[bad[0]]!r}", value=known[bad[0]])
+            return attrs.evolve(PROFILES[preset], **({"name": "custom"} | {k: v for k, v in known.items() if k != "base"}))
         raise ConfigError(f"expected a name or a table, found {value!r}", value=value)
 
     def to_role(value: object, _: object) -> object:

@@ -37,9 +37,7 @@ def parse_node_id(text: str) -> NodeId:
         ConfigError: the text has another form.
     """
     if not _NODE_ID.fullmatch(text):
-        raise ConfigError(
-            f"{text!r} is no node id: expected 'service@host.domain' in lower case", field="node", value=text
-        )
+        raise ConfigError(f"{text!r} is no node id: expected 'service@host.domain' in lower case", field="node", value=text)
     return NodeId(text)
 
 

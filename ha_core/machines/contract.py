@@ -112,9 +112,7 @@ class Gate:
         return self.written
 
     def persisted(self, number: int) -> None:
-        invariant(
-            self.durable <= number <= self.written, "a write was confirmed that was never handed out", number=number
-        )
+        invariant(self.durable <= number <= self.written, "a write was confirmed that was never handed out", number=number)
         self.durable = number
         waiting = self._waiting
         held: deque[tuple[int, Effect]] = deque()
