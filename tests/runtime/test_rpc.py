@@ -1,0 +1,105 @@
+"""Requests and answers: errors arrive as what they were, strangers and nonsense cost one connection."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from ha_core.errors import NotLeaderError, RemoteProtocolError, TransportError
+from ha_core.runtime.rpc import ITEM, RESULT, Call, dial_rpc, serve_tcp, serve_unix
+
+KEY = bytes(range(32))
+
+
+async def handle(call: Call) -> object:
+    if call.method == "echo":
+        return call.params["value"]
+    if call.method == "count":
+        for number in range(3):
+            await call.send(number)
+        return "done"
+    if call.method == "hang":
+        await trio.sleep_forever()
+    raise NotLeaderError(f"{call.text('who')} does not lead")
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[str]:
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(lambda task_status: serve_tcp("127.0.0.1:0", handle, key=KEY, task_status=task_status))
+        yield address
+        nursery.cancel_scope.cancel()
+
+
+async def test_answers_come_to_those_who_asked() -> None:
+    async with served() as address, dial_rpc(address, key=KEY) as client:
+        found: dict[int, object] = {}
+
+        async def ask(number: int) -> None:
+            found[number] = await client.call("echo", value=number)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(ask, number)
+
+        assert found == {number: number for number in range(20)}
+
+
+async def test_items_stream_before_the_answer() -> None:
+    async with served() as address, dial_rpc(address, key=KEY) as client, client.stream("count") as items:
+        assert [pair async for pair in items] == [(ITEM, 0), (ITEM, 1), (ITEM, 2), (RESULT, "done")]
+
+
+async def test_an_error_arrives_as_its_class() -> None:
+    async with served() as address, dial_rpc(address, key=KEY) as client:
+        with pytest.raises(NotLeaderError, match="h1 does not lead"):
+            await client.call("lead", who="h1")
+        with pytest.raises(RemoteProtocolError, match="who: expected a string, found 3"):
+            await client.call("lead", who=3)
+
+
+async def test_a_wrong_key_is_refused_at_both_ends() -> None:
+    async with served() as address:
+        with pytest.raises((RemoteProtocolError, TransportError)):
+            async with dial_rpc(address, key=bytes(32)) as client:
+                await client.call("echo", value=1)
+
+
+async def test_a_hostile_frame_ends_its_connection_only() -> None:
+    async with served() as address, dial_rpc(address, key=KEY) as client:
+        host, _, port = address.rpartition(":")
+        stranger = await trio.open_tcp_stream(host, int(port))
+        async with stranger:
+            await stranger.send_all(b"\xff" * 4096)
+            while await stranger.receive_some(4096):
+                pass
+
+        assert await client.call("echo", value="still here") == "still here"
+
+
+async def test_a_cancelled_call_frees_its_number_and_the_connection_goes_on() -> None:
+    async with served() as address, dial_rpc(address, key=KEY) as client:
+        with trio.move_on_after(0):
+            await client.call("hang")
+
+        assert await client.call("echo", value=2) == 2
+
+
+async def test_nobody_there_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match="nobody answers"):
+        async with dial_rpc(tmp_path / "no.sock"):
+            pass
+
+
+async def test_unix_socket_replaces_a_stale_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    path.write_text("left by a dead process")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lambda task_status: serve_unix(path, handle, task_status=task_status))
+        async with dial_rpc(path) as client:
+            assert await client.call("echo", value=b"x") == b"x"
+        nursery.cancel_scope.cancel()
