@@ -41,6 +41,16 @@ class Persist(Effect):
 
 
 @attrs.frozen
+class WriteCheckpoint(Effect):
+    """Atomically replace the record store by ``state`` and the ``records`` that follow it, as write ``number``; answered the
+    same way."""
+
+    number: int
+    state: bytes
+    records: Sequence[bytes]
+
+
+@attrs.frozen
 class Persisted(Event):
     """Every write up to ``number`` is durable."""
 
