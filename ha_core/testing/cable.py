@@ -231,6 +231,7 @@ class Switchboard:
             if _hung_up(client):
                 return
             if not await _connect(server, real):
+                await back.wait_open()  # a refusal, too, travels back only over a whole cable
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 return
             async with trio.open_nursery() as nursery:
