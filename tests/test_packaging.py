@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import os
 import subprocess
 import sys
 import zipfile
@@ -32,6 +33,13 @@ def present() -> set[str]:
 
 def test_every_package_is_listed() -> None:
     assert present() == listed()
+
+
+@pytest.mark.skipif("TOX_ENV_DIR" not in os.environ, reason="only tox installs the wheel")
+def test_the_installed_package_is_what_is_tested() -> None:
+    import ha_core
+
+    assert Path(ha_core.__file__).is_relative_to(sys.prefix)
 
 
 @pytest.mark.integration
