@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import attrs
@@ -115,10 +115,20 @@ class Gate:
         elif not self._failed:
             self._waiting.append((after, effect))
 
+    def put_run(self, effects: Iterable[Effect]) -> None:
+        """Effects that wait for nothing."""
+        self._ready.extend(effects)
+
     def persist(self, record: bytes) -> int:
         """Hand out the next write; its number is what dependent effects pass as ``after``."""
         self.written += 1
         self._ready.append(Persist(self.written, record))
+        return self.written
+
+    def write_checkpoint(self, state: bytes, records: Sequence[bytes]) -> int:
+        """The same for a checkpoint."""
+        self.written += 1
+        self._ready.append(WriteCheckpoint(self.written, state, records))
         return self.written
 
     def persisted(self, number: int) -> None:
