@@ -1,7 +1,7 @@
 """What a host remembers of its cluster on its own disk: ``cluster.json`` in the data directory.
 
-It is written by ``cluster create`` (the first host: itself as the only voter) or by joining (no voters: it learns), and its list
-of primaries is kept current by the aam, so that a host finds its peers again when DNS, the center and its old peers are gone.
+It is written by ``cluster create`` (the first host: itself as the only voter) or by joining (no voters: it learns), and its
+list of primaries is kept current by the aam, so that a host finds its peers when DNS, the center and its old peers are gone.
 """
 
 from __future__ import annotations

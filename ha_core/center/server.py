@@ -1,0 +1,195 @@
+"""What the center answers: the command line asks it, it asks the vpxa of some host, and the database decides."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+import attrs
+
+from ha_core.center.hosts import Hosts, call_host
+from ha_core.errors import OperationFailedError, RemoteProtocolError
+from ha_core.ids import HostName, VmName
+from ha_core.machines.failover import commands
+from ha_core.machines.failover.commands import Command, Outcome
+from ha_core.machines.failover.records import (
+    Decision,
+    Host,
+    HostState,
+    Lease,
+    Mode,
+    Priority,
+    Record,
+    Run,
+    Settings,
+    Vm,
+    Wanted,
+    plain,
+)
+from ha_core.machines.keyvalue.model import Plain
+from ha_core.runtime.rpc import Call
+from ha_core.security.join import read_token, seal
+
+R = TypeVar("R", bound=Record)
+Answer = dict[str, object]
+
+
+class Center:
+    """The handler of the center's requests; ``handle`` is what ``serve_tcp`` calls."""
+
+    def __init__(self, *, key: bytes, vpxas: Sequence[str | Path]) -> None:
+        self._key = key
+        self._hosts = Hosts(vpxas, key)
+        self._methods: Mapping[str, Callable[[Call], Awaitable[object]]] = {
+            "cluster.status": self._status,
+            "cluster.mode": self._mode,
+            "host.add": self._add_host,
+            "host.list": self._list_hosts,
+            "host.remove": self._remove_host,
+            "host.maintenance": self._maintenance,
+            "vm.add": self._add_vm,
+            "vm.remove": self._remove_vm,
+            "vm.want": self._want_vm,
+            "vm.move": self._move_vm,
+            "vm.list": self._list_vms,
+            "explain": self._explain,
+        }
+
+    async def handle(self, call: Call) -> object:
+        method = self._methods.get(call.method)
+        if method is None:
+            raise RemoteProtocolError(f"the center has no method {call.method[:40]!r}", code="method")
+        return await method(call)
+
+    # -- asking the cluster --
+
+    async def _command(self, command: Command) -> Outcome:
+        """Raises OperationFailedError with the database's reason."""
+        answer = await self._hosts.call("cluster.call", name=command.name, args=list(command.args()))
+        outcome = Outcome.decode(tuple(cast(Sequence[Plain], answer)))
+        if not outcome.done:
+            raise OperationFailedError(outcome.reason)
+        return outcome
+
+    async def _records(self, kind: type[R]) -> list[R]:
+        answer = await self._hosts.call("cluster.read", prefix=kind.prefix())
+        return [kind.decode(value) for _, value in cast(Sequence[tuple[bytes, bytes]], answer)]
+
+    # -- the cluster --
+
+    async def _status(self, call: Call) -> Answer:
+        status = cast(Answer, await self._hosts.call("cluster.status"))
+        hosts = await self._list_hosts(call)
+        return {**status, "hosts": hosts, "vms": await self._list_vms(call)}
+
+    async def _mode(self, call: Call) -> Answer:
+        mode = Mode(call.text("mode"))
+        (settings,) = await self._records(Settings) or [Settings()]
+        await self._command(commands.SetSettings.of(attrs.evolve(settings, mode=mode)))
+        return {"mode": mode.value}
+
+    # -- hosts --
+
+    async def _add_host(self, call: Call) -> Answer:
+        """Register a host by its FQDN and hand it the cluster key under its join token; it joins by itself."""
+        name, address = HostName(call.text("name")), call.text("address")
+        token = read_token(call.text("token"))
+        info = cast(Answer, await call_host(address, token, "host.info"))
+        if info["host"] != name:
+            raise OperationFailedError(f"{address} is {info['host']}, not {name}: check the name and the address")
+        links = cast(Mapping[str, str], info["links"])
+        host = Host(
+            name, tuple(sorted(links.items())), cast(int, info["cpu_mhz"]), cast(int, info["memory_mib"]),
+            management=address, containment=cast(str, info["containment"]),
+        )  # fmt: skip
+        await self._command(commands.RegisterHost.of(host))
+        status = cast(Answer, await self._hosts.call("cluster.status"))
+        sealed = seal(token, self._key)
+        await call_host(
+            address, token, "host.join", cluster=status["cluster"], sealed=sealed, primaries=status["primaries"]
+        )  # fmt: skip
+        return {"name": name, "primaries": status["primaries"]}
+
+    async def _list_hosts(self, call: Call) -> list[Answer]:
+        status = cast(Answer, await self._hosts.call("cluster.status"))
+        leases = {lease.host: lease for lease in await self._records(Lease)}
+        hosts = await self._records(Host)
+        self._hosts.learn([host.management for host in hosts])
+        primaries, learners = cast(list[str], status["voters"]), cast(list[str], status["learners"])
+        rows: list[Answer] = []
+        for host in hosts:
+            node = f"aam@{host.name}"
+            lease = leases.get(host.name)
+            role = "primary" if node in primaries else "secondary" if node in learners else "not joined"
+            rows.append({
+                "name": host.name, "state": host.state.value, "role": "active primary" if node == status["leader"] else role,
+                "links": dict(host.addresses), "management": host.management, "cpu_mhz": host.cpu_mhz,
+                "memory_mib": host.memory_mib, "containment": host.containment, "lease": lease.token if lease else 0,
+                "lease_state": "none" if lease is None else "revoked" if lease.revoked else "held",
+            })  # fmt: skip
+        return rows
+
+    async def _remove_host(self, call: Call) -> Answer:
+        await self._command(commands.RemoveHost(HostName(call.text("name"))))
+        return {}
+
+    async def _maintenance(self, call: Call) -> Answer:
+        state = HostState.MAINTENANCE if call.params.get("on") else HostState.ONLINE
+        await self._command(commands.SetHostState(HostName(call.text("name")), state))
+        return {"state": state.value}
+
+    # -- virtual machines --
+
+    async def _add_vm(self, call: Call) -> Answer:
+        """Define a VM; parameters are the fields of ``Vm`` with times in seconds, ``options`` those of its driver."""
+        params = dict(call.params)
+        options = params.pop("options", {})
+        if not isinstance(options, dict):
+            raise RemoteProtocolError("vm.add: options: expected a map", code="params")
+        seconds = {f"{name}_ns": round(cast(float, params.pop(f"{name}_s")) * 1e9) for name in _TIMES if f"{name}_s" in params}
+        try:
+            priority = Priority[str(params.pop("priority", "medium")).upper()]
+            vm = Vm(
+                VmName(call.text("name")), options=tuple((str(k), plain(v)) for k, v in sorted(options.items())),
+                priority=priority, **{key: value for key, value in params.items() if key != "name"}, **seconds,  # type: ignore[arg-type]
+            )  # fmt: skip
+        except (TypeError, ValueError, KeyError) as exc:
+            raise RemoteProtocolError(f"vm.add: {exc}", code="params") from exc
+        await self._command(commands.DefineVm.of(vm))
+        return {"name": vm.name}
+
+    async def _remove_vm(self, call: Call) -> Answer:
+        await self._command(commands.RemoveVm(VmName(call.text("name"))))
+        return {}
+
+    async def _want_vm(self, call: Call) -> Answer:
+        wanted = Wanted(call.text("wanted"))
+        await self._command(commands.WantVm(VmName(call.text("name")), wanted))
+        return {"wanted": wanted.value}
+
+    async def _move_vm(self, call: Call) -> Answer:
+        await self._command(commands.MoveVm(VmName(call.text("name")), HostName(call.text("host"))))
+        return {}
+
+    async def _list_vms(self, call: Call) -> list[Answer]:
+        runs = {run.vm: run for run in await self._records(Run)}
+        rows: list[Answer] = []
+        for vm in await self._records(Vm):
+            run = runs.get(vm.name)
+            rows.append({
+                "name": vm.name, "wanted": vm.wanted.value, "priority": vm.priority.name.lower(), "after": list(vm.after),
+                "host": run.host if run and not run.free else "", "token": run.token if run else 0,
+                "state": "stopped" if run is None else "failed" if run.failed else run.state.value,
+                "why": run.why if run else "", "text": run.text if run else "",
+            })  # fmt: skip
+        return rows
+
+    async def _explain(self, call: Call) -> list[Answer]:
+        """The decisions about a VM or a host, oldest first."""
+        vm, host = call.text("vm", ""), call.text("host", "")
+        found = [one for one in await self._records(Decision) if (not vm or one.vm == vm) and (not host or one.host == host)]
+        return [attrs.asdict(one) for one in sorted(found, key=lambda one: one.number)]
+
+
+_TIMES = ("shutdown", "start")
