@@ -292,6 +292,8 @@ class Refusal(enum.IntEnum):
     """No leader in time; the request certainly was not carried out."""
     UNKNOWN = 12
     """No answer in time, or not any more: the request may have been carried out."""
+    MEMBERS = 13
+    """The change of members is not possible now; the text says why."""
 
 
 @attrs.frozen

@@ -11,6 +11,7 @@ Rules of this file:
 from __future__ import annotations
 
 import bisect
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from ha_core.ids import Revision
 from ha_core.machines.keyvalue.model import KeyEvent, Page, Record, RevisionEvents
 
 RECORD_OVERHEAD_BYTES = 64
+PAGE_BYTES = 256 << 10
+"""A page ends once its values exceed this."""
 _TRIM = 1024
 """Dropped revisions are cut off the list this many at a time."""
 
@@ -72,13 +75,16 @@ class VersionedMap:
         keys = self._keys
         first = bisect.bisect_right(keys, after) if after >= prefix and after else bisect.bisect_left(keys, prefix)
         records: list[Record] = []
+        size = 0
         for index in range(first, len(keys)):
             key = keys[index]
             if not key.startswith(prefix):
                 break
-            if len(records) == limit:
+            if len(records) == limit or size > PAGE_BYTES:
                 return Page(records, Revision(self.revision), True)
-            records.append(self._records[key])
+            record = self._records[key]
+            records.append(record)
+            size += len(record.value)
         return Page(records, Revision(self.revision), False)
 
     def _range_of_the_past(self, prefix: bytes, limit: int, after: bytes, at: int) -> Page:
@@ -88,7 +94,9 @@ class VersionedMap:
                 if event.key.startswith(prefix):
                     present[event.key] = event.previous
         found = [record for key, record in sorted(present.items()) if record is not None and (key > after or not after)]
-        return Page(found[:limit], Revision(at), len(found) > limit)
+        ends = itertools.accumulate((len(record.value) for record in found), initial=0)
+        count = sum(1 for end in itertools.islice(ends, min(limit, len(found))) if end <= PAGE_BYTES)
+        return Page(found[:count], Revision(at), len(found) > count)
 
     def since(self, revision: int) -> Sequence[RevisionEvents]:
         """Everything that changed after ``revision``, oldest first; empty for one that is still to come.

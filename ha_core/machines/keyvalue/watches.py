@@ -21,7 +21,9 @@ WatchKey = TypeVar("WatchKey", bound=Hashable)
 WINDOW_EVENTS = 4096
 """Delivered and not yet taken."""
 RUN_REVISIONS = 1024
-"""Looked through in one go for one watcher."""
+"""Looked through in one go for one watcher ..."""
+RUN_BYTES = 128 << 10
+"""... which ends at the revision that brings more than this."""
 
 
 @attrs.define
@@ -109,8 +111,9 @@ class Watches(Generic[WatchKey]):
     def _select(self, watcher: _Watcher, changes: Sequence[RevisionEvents]) -> list[RevisionEvents]:
         prefix = watcher.prefix
         delivered: list[RevisionEvents] = []
+        size = 0
         for group in changes[:RUN_REVISIONS]:
-            if watcher.in_flight >= WINDOW_EVENTS:
+            if watcher.in_flight >= WINDOW_EVENTS or size > RUN_BYTES:
                 break
             events = group.events
             if prefix:
@@ -118,5 +121,6 @@ class Watches(Generic[WatchKey]):
             if events:
                 delivered.append(group if len(events) == len(group.events) else RevisionEvents(group.revision, events))
                 watcher.in_flight += len(events)
+                size += sum(len(event.record.value) for event in events if event.record is not None)
             watcher.position = group.revision
         return delivered

@@ -1,0 +1,380 @@
+"""The database of a node with a replica: Raft, the key-value state machine, and requests from this node and from others.
+
+Way of a write: DatabaseRequest -> DatabaseClient (identity) -> DatabaseServer here, or the leader's over the channel "database"
+-> Propose -> Raft -> Apply -> KeyValue -> reply. Reads are served by this replica after a quorum round (ReadIndex).
+
+Everything between the children is synchronous: one ``receive`` carries a batch through all of them, so that what came together
+is appended together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ha_core.config import Profile, ns
+from ha_core.errors import DecodeError
+from ha_core.ids import ChannelName, NodeId, ReplicaId
+from ha_core.machines.contract import Effect, Event, Rng
+from ha_core.machines.database_client import DatabaseClient, consumed, send_requests
+from ha_core.machines.database_events import (
+    DATABASE,
+    RAFT,
+    RAFT_SNAPSHOT,
+    Applied,
+    Arrived,
+    CloseWatch,
+    DatabaseOutcome,
+    DatabaseRequest,
+    DatagramArrived,
+    LeaderChanged,
+    Leading,
+    OpenWatch,
+    PeerDown,
+    PeerUp,
+    Send,
+    WatchClosed,
+    WatchEvents,
+    WatchTaken,
+)
+from ha_core.machines.database_server import DatabaseServer, Origin
+from ha_core.machines.database_watches import ServedWatches
+from ha_core.machines.database_wire import (
+    Replies,
+    Requests,
+    WatchClose,
+    WatchDeliver,
+    WatchEnd,
+    WatchOpen,
+    WatchTake,
+    decode_message,
+    encode_replies,
+    encode_watch,
+)
+from ha_core.machines.keyvalue.machine import KeyValue
+from ha_core.machines.keyvalue.transaction import Procedure
+from ha_core.machines.messages import Priority, SendDatagram, SendRun
+from ha_core.machines.raft.configuration import Configuration
+from ha_core.machines.raft.raft import Raft
+from ha_core.machines.raft.types import (
+    Appended,
+    Apply,
+    Checkpointed,
+    ConfigurationChanged,
+    Dropped,
+    Lane,
+    PeerReady,
+    PeerReset,
+    RaftReceived,
+    ReadFailed,
+    ReadReady,
+    Recovered,
+    Restore,
+    RoleChanged,
+    SendMessage,
+)
+
+CHECKPOINT_FACTOR = 4
+"""A checkpoint is due once the log since the last one is this many times its size ..."""
+CHECKPOINT_MIN_BYTES = 8 << 20
+"""... and at least this long."""
+BOOKMARK_NS = 5_000_000_000
+
+
+class DatabaseMachine:
+    """A machine by the contract; ``state`` may be read by the parent between its steps."""
+
+    def __init__(
+        self,
+        *,
+        node: NodeId,
+        replica: ReplicaId,
+        profile: Profile,
+        rng: Rng,
+        recovered: Recovered | None = None,
+        bootstrap: Configuration | None = None,
+        procedures: Mapping[str, Procedure] | None = None,
+        cluster: str = "",
+        checkpoint_min_bytes: int = CHECKPOINT_MIN_BYTES,
+    ) -> None:
+        """``recovered``: what the record store held. ``bootstrap``: the first configuration, read only while that is empty.
+
+        Raises:
+            CorruptRecordError: the store's checkpoint or a record is damaged.
+        """
+        self.state = KeyValue(procedures)
+        self.configuration: Configuration | None = None
+        self._node = node
+        retry_ns = ns(profile.prevote_retry_min_s)
+        self._client = DatabaseClient(node, replica=True, retry_ns=retry_ns, resend_ns=ns(profile.election_max_s))
+        self._server = DatabaseServer(node, self.state, retry_ns)
+        self._watches = ServedWatches(self.state)
+        self._raft = Raft(
+            node=node, replica=replica, profile=profile, rng=rng, recovered=recovered, bootstrap=bootstrap, cluster=cluster
+        )
+        self._raft_events: list[Event] = []
+        self._effects: list[Effect] = []
+        self._up: dict[NodeId, None] = {}
+        self._known: dict[NodeId, None] = {}
+        self._announced: tuple[NodeId | None, int] = (None, 0)
+        self._restored = False
+        self._checkpoint_min_bytes = checkpoint_min_bytes
+        self._checkpoint_bytes = 0
+        self._log_bytes = 0
+        self._bookmark_ns: int | None = None
+        self._watch_retry_ns: int | None = None
+        self._retry_ns = retry_ns
+        self._refused_count = 0
+        # What the store held is there before the first event: the checkpoint's state, the members.
+        self._carry_out(self._raft.take_effects(), 0)
+
+    # -- the contract --
+
+    def receive(self, events: Sequence[Event], now_ns: int) -> None:
+        client, watches = self._client, self._watches
+        for event in events:
+            match event:
+                case DatabaseRequest():
+                    client.request(event, now_ns)
+                case Arrived(peer, channel, _):
+                    self._arrived(event, channel, now_ns)
+                case DatagramArrived(peer, body):
+                    self._raft_events.append(RaftReceived(peer, body))
+                case PeerUp(peer):
+                    self._up[peer] = None
+                    self._raft_events.append(PeerReady(peer))
+                    client.peer_up(peer, now_ns)
+                case PeerDown(peer):
+                    self._up.pop(peer, None)
+                    self._raft_events.append(PeerReset(peer))
+                    client.peer_down(peer, now_ns)
+                    self._server.forget(peer)
+                    watches.forget(peer)
+                case OpenWatch(watch, prefix, after):
+                    watches.open((None, watch), prefix, after)
+                case WatchTaken(watch, count):
+                    watches.taken((None, watch), count)
+                case CloseWatch(watch):
+                    watches.close((None, watch))
+                case _:
+                    self._raft_events.append(event)
+        self._settle(now_ns)
+
+    def handle_timer(self, now_ns: int) -> None:
+        for child in (self._client, self._server):
+            timer = child.next_timer()
+            if timer is not None and timer <= now_ns:
+                child.handle_timer(now_ns)
+        if self._bookmark_ns is not None and now_ns >= self._bookmark_ns:
+            self._bookmark_ns = None
+            self._deliver(self._watches.bookmarks())
+        if self._watch_retry_ns is not None and now_ns >= self._watch_retry_ns:
+            self._watch_retry_ns = None
+            self._watches.wants_round = True
+        timer = self._raft.next_timer()
+        if timer is not None and timer <= now_ns:
+            self._raft.handle_timer(now_ns)
+        self._settle(now_ns)
+
+    def next_timer(self) -> int | None:
+        children = (self._raft.next_timer(), self._client.next_timer(), self._server.next_timer())
+        return min((time for time in (*children, self._bookmark_ns, self._watch_retry_ns) if time is not None), default=None)
+
+    def take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def persisted(self, number: int, now_ns: int) -> None:
+        self._raft.persisted(number, now_ns)
+        self._settle(now_ns)
+
+    def persist_failed(self, number: int, error: str, now_ns: int) -> None:
+        self._raft.persist_failed(number, error, now_ns)
+        self._settle(now_ns)
+
+    # -- for the parent --
+
+    @property
+    def leader(self) -> NodeId | None:
+        return self._server.leader
+
+    @property
+    def term(self) -> int:
+        return self._server.term
+
+    @property
+    def is_leading(self) -> bool:
+        """This replica leads and has applied its own first entry."""
+        return self._server.ready
+
+    @property
+    def raft(self) -> Raft:
+        """For checkers and status."""
+        return self._raft
+
+    # -- the network --
+
+    def _arrived(self, event: Arrived, channel: ChannelName, now_ns: int) -> None:
+        if channel == DATABASE:
+            for body in event.bodies:
+                self._message(event.peer, body, now_ns)
+        else:
+            self._raft_events.extend([RaftReceived(event.peer, body) for body in event.bodies])
+        self._effects.append(consumed(event.peer, event))
+
+    def _message(self, peer: NodeId, body: bytes, now_ns: int) -> None:
+        try:
+            message = decode_message(body)
+        except DecodeError:
+            self._refused_count += 1
+            return
+        server, watches = self._server, self._watches
+        match message:
+            case Requests(requests):
+                for number, request in requests:
+                    server.submit(peer, number, request, now_ns)
+            case Replies(replies):
+                for number, outcome in replies:
+                    self._client.replied(peer, number, outcome, now_ns)
+            case WatchOpen(watch, prefix, after):
+                watches.open((peer, watch), prefix, after)
+            case WatchTake(watch, count):
+                watches.taken((peer, watch), count)
+            case WatchClose(watch):
+                watches.close((peer, watch))
+
+    # -- between the children --
+
+    def _settle(self, now_ns: int) -> None:
+        """Carry everything on until nothing moves any more."""
+        server, raft = self._server, self._raft
+        while True:
+            self._route(now_ns)
+            if self._watches.wants_round:
+                server.begin_watches(self._watches.take_opening())
+            server.flush()
+            events = self._raft_events
+            if server.raft_events:
+                events = events + server.raft_events
+                server.raft_events = []
+            self._raft_events = []
+            if events:
+                raft.receive(events, now_ns)
+            effects = raft.take_effects()
+            if not effects and not events:
+                break
+            self._carry_out(effects, now_ns)
+            self._answer(now_ns)
+        self._serve_watches(now_ns)
+        if self._client.effects:
+            self._effects.extend(self._client.effects)
+            self._client.effects = []
+
+    def _route(self, now_ns: int) -> None:
+        """The client's requests to the server here or to other nodes'."""
+        while self._client.out:
+            for target, requests in self._client.take_out().items():
+                if target == self._node:
+                    for number, request in requests:
+                        self._server.submit(None, number, request, now_ns)
+                else:
+                    self._effects.append(send_requests(target, requests))
+            self._answer(now_ns)
+
+    def _answer(self, now_ns: int) -> None:
+        answers, self._server.answers = self._server.answers, []
+        remote: dict[NodeId, list[tuple[int, DatabaseOutcome]]] = {}
+        for origin, number, outcome in answers:
+            if origin is None:
+                self._client.replied(self._node, number, outcome, now_ns)
+            else:
+                remote.setdefault(origin, []).append((number, outcome))
+        for origin, replies in remote.items():
+            if origin in self._up:
+                self._effects.append(Send(SendRun(origin, DATABASE, encode_replies(replies), Priority.URGENT)))
+
+    def _carry_out(self, effects: Sequence[Effect], now_ns: int) -> None:
+        applied = False
+        runs: dict[tuple[NodeId, Lane], list[bytes]] = {}
+        for effect in effects:
+            match effect:
+                case SendMessage(to, body, lane):
+                    if lane is Lane.DATAGRAM:
+                        self._effects.append(Send(SendDatagram(to, RAFT, body)))
+                    elif to in self._up:
+                        runs.setdefault((to, lane), []).append(body)
+                case Apply(entries):
+                    became_ready = self._server.apply(entries, now_ns)
+                    self._log_bytes += sum([len(entry.data) for entry in entries])
+                    applied = True
+                    if became_ready:
+                        self._effects.append(Leading(self._server.term, self._server.counted_from_ns))
+                case Appended():
+                    self._server.appended(effect)
+                case Dropped():
+                    self._server.dropped(effect, now_ns)
+                case ReadReady():
+                    self._watches.opened(self._server.read_ready(effect))
+                case ReadFailed():
+                    if self._server.read_failed(effect) and self._watch_retry_ns is None:
+                        self._watch_retry_ns = now_ns + self._retry_ns
+                case RoleChanged():
+                    self._role_changed(effect, now_ns)
+                case Restore(_, _, state):
+                    self.state.restore(state)
+                    self._checkpoint_bytes = len(state)
+                    self._log_bytes = 0
+                    self._restored = applied = True
+                case ConfigurationChanged(configuration):
+                    self._configured(configuration)
+                    self._effects.append(effect)
+                case _:
+                    self._effects.append(effect)
+        for (to, lane), bodies in runs.items():
+            channel, priority = (RAFT, Priority.URGENT) if lane is Lane.APPEND else (RAFT_SNAPSHOT, Priority.BACKGROUND)
+            self._effects.append(Send(SendRun(to, channel, bodies, priority)))
+        if applied:
+            self._after_apply()
+
+    def _after_apply(self) -> None:
+        state = self.state
+        changes = state.take_changes()
+        self._effects.append(Applied(state.index, state.revision, changes, self._restored))
+        self._restored = False
+        if self._log_bytes >= max(self._checkpoint_min_bytes, CHECKPOINT_FACTOR * self._checkpoint_bytes):
+            snapshot = state.snapshot()
+            self._checkpoint_bytes = len(snapshot)
+            self._log_bytes = 0
+            self._raft_events.append(Checkpointed(state.index, snapshot))
+
+    def _role_changed(self, effect: RoleChanged, now_ns: int) -> None:
+        self._server.role_changed(effect, now_ns)
+        self._client.leader_changed(effect.leader, now_ns)
+        if self._announced != (effect.leader, effect.term):
+            self._announced = (effect.leader, effect.term)
+            self._effects.append(LeaderChanged(effect.leader, effect.term))
+
+    def _configured(self, configuration: Configuration) -> None:
+        """Raft takes new members for reachable; those without a session are not."""
+        self.configuration = configuration
+        for node in configuration.nodes:
+            if node not in self._known and node not in self._up and node != self._node:
+                self._raft_events.append(PeerReset(node))
+        self._known = dict.fromkeys(configuration.nodes)
+
+    # -- watches --
+
+    def _serve_watches(self, now_ns: int) -> None:
+        if len(self._watches):
+            self._deliver(self._watches.run())
+            if self._bookmark_ns is None:
+                self._bookmark_ns = now_ns + BOOKMARK_NS
+
+    def _deliver(self, messages: Sequence[tuple[Origin, WatchDeliver | WatchEnd]]) -> None:
+        for origin, message in messages:
+            if origin is not None:
+                if origin in self._up:
+                    self._effects.append(Send(SendRun(origin, DATABASE, [encode_watch(message)], Priority.URGENT)))
+            elif isinstance(message, WatchDeliver):
+                self._effects.append(WatchEvents(message.watch, message.revision, message.changes))
+            else:
+                self._effects.append(WatchClosed(message.watch, message.resume, message.compacted))
