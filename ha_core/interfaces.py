@@ -76,6 +76,8 @@ class StoreStats:
     flushes: int
     checkpoints: int
     size_bytes: int
+    checkpoint_due: bool = False
+    """The log has outgrown the state so far, or the room left is so small, that a checkpoint should be written soon."""
 
 
 class RecordStore(Protocol):
