@@ -82,6 +82,7 @@ class Reason(enum.Enum):
     LAST_VOTER = "the last voter cannot be removed"
     OTHER_INCARNATION = "the member is a voter under another incarnation: remove it first"
     RETIRED = "this incarnation was removed for good"
+    REGRESSED = "the replica has lost entries that it acknowledged: remove it and let it join anew"
     MALFORMED = "the message is malformed"
     OTHER_CLUSTER = "the message is from another cluster"
     OTHER_REPLICA = "the message is for another incarnation of this node"
