@@ -37,6 +37,8 @@ class Settings:
     interval_s: float
     stop_file: str
     """Nothing more is sent once this file is there."""
+    progress_file: str
+    """Written again and again: how many messages were sent to whom and received from whom."""
 
     def config(self) -> Config:
         return Config(
@@ -80,11 +82,29 @@ async def send(node: Node, settings: Settings) -> None:
         await trio.sleep_until(next_s)
 
 
+def count(tx: Transaction) -> dict[str, dict[str, object]]:
+    sent = tx.execute("SELECT receiver, max(number) FROM sent GROUP BY receiver")
+    received = tx.execute("SELECT sender, count(*) FROM received GROUP BY sender")
+    return {
+        "sent": {str(peer): number for peer, number in sent},
+        "received": {str(peer): number for peer, number in received},
+    }
+
+
+async def report(node: Node, settings: Settings) -> None:
+    path = Path(settings.progress_file)
+    while True:
+        path.with_suffix(".new").write_text(json.dumps(await node.transact(count)))
+        path.with_suffix(".new").replace(path)
+        await trio.sleep(0.2)
+
+
 async def run(settings: Settings) -> None:
     async with open_node(settings.config()) as node, trio.open_nursery() as nursery:
         await node.transact(make_tables)
         nursery.start_soon(node.serve, CHANNEL, write_rows)
         nursery.start_soon(send, node, settings)
+        nursery.start_soon(report, node, settings)
 
 
 if __name__ == "__main__":
