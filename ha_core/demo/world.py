@@ -105,7 +105,8 @@ class World:
     folder: Path
     hosts: Mapping[str, DemoHost]
     board: SwitchboardProcess
-    isolation_link: str = "m"
+    center_address: str
+    """Where the center listens, on whichever host it runs."""
 
     @property
     def shared(self) -> Path:
@@ -168,7 +169,8 @@ class World:
 @asynccontextmanager
 async def open_world(*, keep: Path | None, profile: str, store: str) -> AsyncIterator[World]:
     """Lay the cables and write the configurations; leaving kills every process that carries one of our marks."""
-    cables = lay_cables([*HOSTS, *(f"{name}-app" for name in HOSTS)], [*LINKS, "m"])
+    cables = lay_cables([*HOSTS, *(f"{name}-app" for name in HOSTS), "center"], [*LINKS, "m"])
+    relayed = {where: pair for where, pair in cables.items() if where[0] != "center"}
     run_root = Path(tempfile.mkdtemp(prefix="ha-core-demo-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     folder = keep or Path(tempfile.mkdtemp(prefix="ha-core-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,8 +187,8 @@ async def open_world(*, keep: Path | None, profile: str, store: str) -> AsyncIte
         _write_config(folder, host, cables, profile, store)
         hosts[name] = host
     try:
-        async with open_switchboard_process(cables) as board:
-            yield World(folder, hosts, board)
+        async with open_switchboard_process(relayed) as board:
+            yield World(folder, hosts, board, cables["center", "m"][0])
     finally:
         for host in hosts.values():
             kill_all(host.mark)
