@@ -125,9 +125,9 @@ class KeyValue:
         if session is None:
             return Refused(Refusal.SESSION_EXPIRED, f"client session {number} is not known any more")
         session.last_index = index
-        replies = session.replies
         if floor > session.floor:
             _settle(session, floor)
+        replies = session.replies
         if sequence < session.floor:
             return Refused(Refusal.SETTLED, f"request {sequence} of session {number} was settled before")
         known = replies.get(sequence)
