@@ -108,6 +108,7 @@ class Receiver:
         self.channels: dict[tuple[StoreId, ChannelName], IncomingChannel] = {}
         self._by_store: dict[StoreId, dict[ChannelName, IncomingChannel]] = {}
         self._handlers: dict[ChannelName, int] = {}
+        self._unclean = unclean
         self._max_attempts = max_attempts
         self._live: dict[NodeId, StoreId] = {}
         self.effects: list[Effect] = []
@@ -137,7 +138,7 @@ class Receiver:
         self._live[peer] = store
         for name in self._handlers:
             if name not in self._by_store.get(store, {}):
-                self._add(IncomingChannel(store, name, peer))
+                self._add(IncomingChannel(store, name, peer, suspect=self._unclean))
         channels = self._by_store.get(store, {}).values()
         for channel in channels:
             channel.peer = peer
@@ -165,7 +166,7 @@ class Receiver:
         self._handlers[name] = min(max_count, BATCH_COUNT)
         for peer, store in self._live.items():
             if (store, name) not in self.channels:
-                self._add(IncomingChannel(store, name, peer))
+                self._add(IncomingChannel(store, name, peer, suspect=self._unclean))
         for channel in list(self.channels.values()):
             if channel.name == name:
                 self._grant(channel)

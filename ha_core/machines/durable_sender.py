@@ -134,19 +134,21 @@ class Sender:
         start, channel.loading = channel.loading, 0
         if channel.forked or not start:
             return
-        if not runs or not runs[0].first <= start <= runs[0].last:
+        if start <= channel.acked:
+            runs = ()  # a newer session made it needless, and the rows may be gone
+        elif not runs or not runs[0].first <= start <= runs[0].last:
             self._fork(channel, f"the outbox has lost message {start} to {to} on {name!r}: the store is damaged")
             return
         report = channel.unchecked
         if report is None:
-            if start == channel.held_end() + 1:
+            if runs and start == channel.held_end() + 1:
                 self._hold(channel, runs)
-            self._pump(channel)  # if the session changed meanwhile, this answer is no longer what is next
+            self._pump(channel)
             return
-        if start == report.cursor:
+        if runs and start == max(report.cursor, channel.acked + 1):
             self._drop_held(channel)
-        elif not (channel.digest_at(report.cursor) and start == channel.held_end() + 1):
-            self._load(channel, report.cursor)
+        elif not runs or start != channel.held_end() + 1 or channel.digest_at(report.cursor) is None:
+            self._load(channel, max(report.cursor, channel.acked + 1))
             return
         self._hold(channel, runs)
         if channel.digest_at(report.received) is None:
@@ -219,7 +221,7 @@ class Sender:
             self._lost_by_peer(channel, report.cursor)
         elif channel.digest_at(report.cursor) is None or channel.digest_at(report.received) is None:
             channel.unchecked = report
-            self._load(channel, report.cursor)
+            self._load(channel, max(report.cursor, channel.acked + 1))
         else:
             self._compare(channel, report)
 
