@@ -1,0 +1,10 @@
+"""All planted bugs. Add yours to the table of its room: messages, database, cluster, processes.
+
+``python -m tests.mutants NAME`` tries one and says which seed catches it: remember that seed in the table.
+"""
+
+from __future__ import annotations
+
+from tests.mutants import cluster, database, messages, processes
+
+MUTANTS = [*messages.MUTANTS, *database.MUTANTS, *cluster.MUTANTS, *processes.MUTANTS]
