@@ -1,0 +1,33 @@
+"""``python -m ha_core.roles aam|vpxa CONFIG``: how the guard starts the other agents."""
+
+from __future__ import annotations
+
+import sys
+
+import trio
+
+from ha_core import registry
+from ha_core.config import Config
+from ha_core.errors import HAError
+
+
+def main() -> None:
+    name, path = sys.argv[1:]
+    run = registry.find("roles", name)
+    assert callable(run)
+    try:
+        trio.run(run, Config.load(path))
+    except* HAError as group:
+        for error in _leaves(group):
+            print(f"ha-core {name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
+if __name__ == "__main__":
+    main()
