@@ -1,0 +1,614 @@
+"""The lower half of the endpoint: connections from the first dial to the last word, and the verdicts on paths.
+
+Rules:
+
+* Both ends may dial. Of two connections on one link the one dialled by the lower node id stays, of two by the same end the
+  newer one; the other is closed once both have given evidence.
+* Strangers get little: 64 connections in all, 8 an address, 5 s to prove the key, frames of at most 4 KiB.
+* A later life of a peer replaces its session only when the present one is dead: until then its connection is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+from ha_core.config import Profile, ns
+from ha_core.errors import RemoteProtocolError
+from ha_core.ids import LinkName, NodeId
+from ha_core.machines import handshake, wire
+from ha_core.machines.connection import Connection
+from ha_core.machines.contract import Effect, Rng
+from ha_core.machines.datagrams import DatagramPort
+from ha_core.machines.handshake import REFUSALS, Handshake, Hello
+from ha_core.machines.messages import (
+    Accepted,
+    Dial,
+    Disconnect,
+    PathChanged,
+    PathKey,
+    PathState,
+    PeerReachable,
+    PeerRefused,
+    SessionDown,
+    SessionUp,
+)
+from ha_core.machines.paths import ACK_DELAY_NS, MILLISECOND_NS, SECOND_NS, Liveness, Path
+from ha_core.machines.peers import Peer, judge
+from ha_core.machines.session import MAX_CHANNELS, Session
+from ha_core.machines.wire import Frame, FrameType, Plain
+
+MAX_STRANGERS = 64
+MAX_STRANGERS_PER_ADDRESS = 8
+MAX_HELD_BYTES = 1 << 20
+LAG_NS = 2 * MILLISECOND_NS
+"""A timer that comes later than this means that our own loop was busy."""
+LAG_GRACE_NS = 10 * MILLISECOND_NS
+"""After such a lag: time to read what waits in the sockets, before any deadline counts."""
+CONTEST_NS = 60 * MILLISECOND_NS
+"""So long, at least, a peer's present life has to prove itself before its next one is let in."""
+REFUSAL_REPEAT_NS = 60 * SECOND_NS
+MAX_REFUSALS = 256
+REFUSED_FAILURES = 5
+"""A refused dial is repeated as late as if it had failed so often already: nothing will change within milliseconds."""
+
+
+@attrs.define(eq=False)
+class Connections:
+    """All peers, paths and connections of one node."""
+
+    identity: Hello
+    """What we say about ourselves; link, address, nonce and epoch are filled in for each handshake."""
+    key: bytes = attrs.field(repr=False)
+    links: Mapping[LinkName, str]
+    profile: Profile
+    rng: Rng
+    accept_unknown: bool
+    effects: list[Effect] = attrs.field(factory=list)
+    peers: dict[NodeId, Peer] = attrs.field(factory=dict)
+    by_session: dict[bytes, Peer] = attrs.field(factory=dict)
+    timer_ns: int | None = None
+    """When to be woken: not later than anything that is due."""
+    lag_ns: int = 0
+    """By how much our own loop was late in this step."""
+    _connections: dict[int, Connection] = attrs.field(factory=dict)
+    _epochs: dict[NodeId, int] = attrs.field(factory=dict)
+    _next_connection: int = 2
+    _touched: dict[int, Connection] = attrs.field(factory=dict)
+    _pumped: dict[NodeId, Peer] = attrs.field(factory=dict)
+    _refused_ns: dict[tuple[str, str], int] = attrs.field(factory=dict)
+
+    def get(self, number: int) -> Connection | None:
+        return self._connections.get(number)
+
+    # -- time --
+
+    def note_lag(self, now_ns: int) -> None:
+        """A late timer moves every deadline: we were slow, not the peers."""
+        self.lag_ns = 0
+        if self.timer_ns is None or now_ns - self.timer_ns <= LAG_NS:
+            return
+        self.lag_ns = lag_ns = now_ns - self.timer_ns
+        self.timer_ns = now_ns
+        for connection in self._connections.values():
+            connection.liveness.shift(lag_ns, now_ns + LAG_GRACE_NS)
+        for peer in self.peers.values():
+            if peer.contest_end_ns is not None:
+                peer.contest_end_ns += lag_ns + LAG_GRACE_NS
+
+    def arm(self, when_ns: int | None) -> None:
+        if when_ns is not None and (self.timer_ns is None or when_ns < self.timer_ns):
+            self.timer_ns = when_ns
+
+    def handle_timer(self, now_ns: int) -> None:
+        """Whatever is due."""
+        for peer in list(self.peers.values()):
+            if peer.contest_end_ns is not None and peer.contest_end_ns <= now_ns:
+                self._end_contest(peer, now_ns)
+            for path in list(peer.paths.values()):
+                if path.redial_ns is not None and path.redial_ns <= now_ns:
+                    self._dial(path, now_ns)
+        for connection in list(self._connections.values()):
+            if not connection.closed:
+                self._check(connection, now_ns)
+
+    def arm_all(self) -> None:
+        """Find the next timer among all; between two timers it is only ever lowered."""
+        self.timer_ns = None
+        for peer in self.peers.values():
+            self.arm(peer.contest_end_ns)
+            for path in peer.paths.values():
+                self.arm(path.redial_ns)
+        for connection in self._connections.values():
+            self._arm(connection)
+
+    def _arm(self, connection: Connection) -> None:
+        if connection.path is None or connection.held is not None:
+            self.arm(connection.deadline_ns)
+            return
+        self.arm(connection.liveness.deadline_ns)
+        self.arm(connection.ack_ns)
+        self.arm(connection.ping_ns)
+
+    def want(self, peer: Peer) -> None:
+        """The peer's session may have something to send: look at the end of this step."""
+        self._pumped[peer.node] = peer
+
+    def finish(self, now_ns: int) -> None:
+        """The end of a step: acknowledgements, data, and everything queued out in one Transmit per connection."""
+        touched = self._touched
+        for peer in self._pumped.values():
+            session = peer.session
+            if session is not None:
+                session.send_acks(now_ns)
+                session.pump(now_ns)
+                touched.update(session.connections)
+        self._pumped.clear()
+        for connection in touched.values():
+            if not connection.closed:
+                connection.flush(now_ns, self.effects)
+                self._arm(connection)
+        touched.clear()
+
+    # -- peers and paths --
+
+    def peer(self, node: NodeId) -> Peer:
+        """The peer's record, made if it is new."""
+        peer = self.peers.get(node)
+        if peer is None:
+            peer = self.peers[node] = Peer(node)
+        return peer
+
+    def set_path(self, peer: Peer, link: LinkName, remote: str, now_ns: int) -> None:
+        """The peer is reached at ``remote`` on this link."""
+        path = peer.paths.get(link)
+        if path is not None and path.key.remote != remote:
+            if path.dialling:
+                self.drop_path(peer, path, "its address changed", now_ns)
+                path = None
+            else:
+                path.key = PathKey(peer.node, link, remote)
+        if path is None:
+            path = peer.paths[link] = Path(PathKey(peer.node, link, remote), dialling=peer.dial)
+        path.dialling = peer.dial
+        self._plan_dial(path, now_ns)
+
+    def drop_path(self, peer: Peer, path: Path, reason: str, now_ns: int) -> None:
+        path.dialling = False
+        for connection in [item for item in self._connections.values() if item.path is path or item.number == path.dial]:
+            self.lose(connection, reason, now_ns, tell=True)
+        peer.paths.pop(path.key.link, None)
+        self._note_reachable(peer)
+
+    def forget(self, peer: Peer, now_ns: int) -> None:
+        """No session, no paths; a later session with the same process has another id."""
+        if peer.session is not None:
+            self._epochs[peer.node] = self._epochs.get(peer.node, 0) + 1
+            self._end_session(peer, "the peer was forgotten", now_ns)
+        for path in list(peer.paths.values()):
+            self.drop_path(peer, path, "the peer was forgotten", now_ns)
+        for connection in peer.contenders.copy():
+            self.lose(connection, "the peer was forgotten", now_ns, tell=True)
+        del self.peers[peer.node]
+
+    def _plan_dial(self, path: Path, now_ns: int, delay_ns: int = 0) -> None:
+        idle = path.established is None and path.dial is None
+        if path.dialling and idle and (path.redial_ns is None or path.redial_ns > now_ns + delay_ns):
+            path.redial_ns = now_ns + delay_ns
+            self.arm(path.redial_ns)
+
+    def _dial(self, path: Path, now_ns: int) -> None:
+        path.redial_ns = None
+        if not path.dialling or path.established is not None or path.dial is not None:
+            return
+        connection = self._new(self._next_connection, path.key.link, path.key.remote, dialled=True, now_ns=now_ns)
+        self._next_connection += 2
+        connection.peer = path.key.peer
+        connection.handshake = self._handshake(connection, path.key.peer, "welcome")
+        path.dial = connection.number
+        self._move(path, "dial", "dialling")
+        self.effects.append(Dial(connection.number, path.key))
+
+    def _move(self, path: Path, happening: str, reason: str) -> None:
+        if path.move(happening):
+            self.effects.append(PathChanged(path.key, path.state, reason))
+
+    def _note_reachable(self, peer: Peer) -> None:
+        states = {path.state for path in peer.paths.values()}
+        if peer.reachable:
+            reachable = PathState.UP in states or PathState.SUSPECT in states
+        else:
+            reachable = PathState.UP in states
+        if reachable != peer.reachable:
+            peer.reachable = reachable
+            self.effects.append(PeerReachable(peer.node, reachable))
+
+    # -- handshakes --
+
+    def _new(self, number: int, link: LinkName, remote: str, *, dialled: bool, now_ns: int) -> Connection:
+        deadline_ns = now_ns + handshake.TIMEOUT_NS
+        connection = Connection(number, link, remote, dialled, Liveness(ns(self.profile.probe_timeout_floor_s)), deadline_ns)
+        self._connections[number] = connection
+        self.arm(deadline_ns)
+        return connection
+
+    def _handshake(self, connection: Connection, expected: NodeId | None, step: handshake.Step) -> Handshake:
+        session = self.peers[expected].session if expected in self.peers else None
+        ours = attrs.evolve(
+            self.identity,
+            epoch=self._epochs.get(expected, 0) if expected is not None else 0,
+            link=connection.link,
+            address=self.links.get(connection.link, ""),
+            session=session.id if session is not None else b"",
+            nonce=handshake.fresh_nonce(self.key, self.rng),
+            expected=expected or "",
+        )
+        return Handshake(ours, self.key, wire.grease_field(self.rng), step, connection.remote)
+
+    def accept(self, event: Accepted, now_ns: int) -> None:
+        """A stranger connected."""
+        host = event.remote.rpartition(":")[0]
+        strangers = [item for item in self._connections.values() if item.path is None and not item.dialled]
+        same = sum(item.remote.rpartition(":")[0] == host for item in strangers)
+        if len(strangers) >= MAX_STRANGERS or same >= MAX_STRANGERS_PER_ADDRESS:
+            self.effects.append(Disconnect(event.connection, "too many connections that have not proved themselves"))
+            return
+        connection = self._new(event.connection, event.link, event.remote, dialled=False, now_ns=now_ns)
+        connection.handshake = self._handshake(connection, None, "hello")
+
+    def connected(self, connection: Connection) -> None:
+        """Our dial succeeded: speak first."""
+        if connection.handshake is not None and connection.dialled:
+            connection.put_handshake(connection.handshake.begin())
+            self._touched[connection.number] = connection
+
+    def _shake(self, connection: Connection, shaking: Handshake, frame: Frame, now_ns: int) -> None:
+        if shaking.step == "hello" and frame.kind == FrameType.HELLO:
+            # Our epoch depends on who speaks; that is only claimed here, and proved before anything comes of it.
+            claimed = handshake.claimed_node(frame)
+            if claimed not in self.peers and not self.accept_unknown:
+                text = f"{claimed} at {connection.remote}: {REFUSALS['unknown']}"
+                raise RemoteProtocolError(text, peer=claimed, code="unknown")
+            shaking.ours = attrs.evolve(shaking.ours, epoch=self._epochs.get(claimed, 0))
+        answer = shaking.receive(frame)
+        if answer:
+            connection.put_handshake(answer)
+        if shaking.step == "done" and shaking.peer is not None:
+            connection.handshake = None
+            connection.ours, connection.theirs = shaking.ours, shaking.peer
+            connection.peer = shaking.peer.node
+            connection.decoder.limit = wire.MAX_BODY_BYTES
+            self._prove(connection, shaking.ours, shaking.peer, now_ns)
+
+    def _prove(self, connection: Connection, ours: Hello, theirs: Hello, now_ns: int) -> None:
+        """The peer has the key: is it who it was, its next life, or a clone?"""
+        peer = self.peer(theirs.node)
+        if ours.epoch != self._epochs.get(peer.node, 0):
+            self.lose(connection, "the session was given up meanwhile", now_ns, tell=True)
+            return
+        verdict = judge(peer.last, theirs)
+        if verdict in REFUSALS:
+            text = f"{theirs.node} at {connection.remote}: {REFUSALS[verdict]} (boot {theirs.boot.counter})"
+            raise RemoteProtocolError(text, peer=theirs.node, code=verdict)
+        if verdict == "same" and peer.last is not None and theirs.epoch < peer.last.epoch:
+            self.lose(connection, "of a session that the peer gave up", now_ns, tell=True)
+        elif verdict == "next" and peer.session is not None and peer.session.connections:
+            self._contest(peer, connection, now_ns)
+        else:
+            self._establish(peer, connection, ours, theirs, now_ns)
+
+    def _contest(self, peer: Peer, connection: Connection, now_ns: int) -> None:
+        """Hold the next life until the present one is silent; if that one answers, one of the two is a clone."""
+        connection.held = bytearray()
+        connection.deadline_ns = None
+        peer.contenders.append(connection)
+        if peer.contest_end_ns is None and peer.session is not None:
+            present = list(peer.session.connections.values())
+            peer.contest_pings = {item.number: self._ping(item, now_ns) for item in present}
+            peer.contest_end_ns = now_ns + max(CONTEST_NS, *(2 * item.liveness.timeout_ns() for item in present))
+            self.arm(peer.contest_end_ns)
+
+    def _lose_contest(self, peer: Peer, now_ns: int) -> None:
+        """The present life answered."""
+        peer.contest_end_ns = None
+        for connection in peer.contenders.copy():
+            text = f"{peer.node} at {connection.remote}: {REFUSALS['clone']}"
+            self.refuse(connection, RemoteProtocolError(text, peer=peer.node, code="clone"), now_ns)
+
+    def _end_contest(self, peer: Peer, now_ns: int) -> None:
+        """The present life is dead: the next one begins."""
+        contenders = [item for item in peer.contenders if item.theirs is not None]
+        peer.contenders.clear()
+        peer.contest_end_ns = None
+        peer.contest_pings.clear()
+        self._end_session(peer, "the peer restarted", now_ns)
+        for connection in sorted(contenders, key=_boot_counter, reverse=True):
+            held, connection.held = connection.held, None
+            if connection.closed or connection.ours is None or connection.theirs is None:
+                continue
+            try:
+                self._prove(connection, connection.ours, connection.theirs, now_ns)
+            except RemoteProtocolError as exc:
+                self.refuse(connection, exc, now_ns)
+            if not connection.closed and connection.held is None:
+                self.decode(connection, bytes(held or b""), now_ns)
+
+    def _establish(self, peer: Peer, connection: Connection, ours: Hello, theirs: Hello, now_ns: int) -> None:
+        """The connection belongs to the peer's session, which begins now if it is the first of a pair of processes."""
+        session_id = handshake.session_id(ours, theirs)
+        session = peer.session
+        if session is None or session.id != session_id:
+            self._end_session(peer, "the peer restarted" if theirs.epoch == 0 else "the peer gave it up", now_ns)
+            session = peer.session = Session(session_id, ours, theirs, self.effects)
+            peer.datagrams = DatagramPort(ours.cluster, self.key, session_id, ours.node, theirs.node)
+            self.by_session[session_id] = peer
+            for path in peer.paths.values():
+                path.forgive()
+            self.effects.append(SessionUp(peer.node, session_id, theirs.store, theirs.boot))
+        peer.last = theirs
+        path = self._path_of(peer, connection, theirs)
+        connection.path = path
+        connection.deadline_ns = None
+        if path.dial == connection.number:
+            path.dial = None
+        if path.established is None:
+            path.established = connection.number
+            path.redial_ns = None
+            self._move(path, "open", "connected")
+        connection.put(wire.grease_frame(self.rng), eliciting=False)
+        self._ping(connection, now_ns)
+        session.join(connection, now_ns)
+        self.want(peer)
+        for other in peer.paths.values():
+            # The peer lives: do not wait out the backoff of its other paths.
+            self._plan_dial(other, now_ns, int(20 * MILLISECOND_NS * self.rng.random()))
+
+    def _path_of(self, peer: Peer, connection: Connection, theirs: Hello) -> Path:
+        path = peer.paths.get(connection.link)
+        if path is None:
+            remote = peer.addresses.get(connection.link) or theirs.address
+            path = peer.paths[connection.link] = Path(PathKey(peer.node, connection.link, remote), dialling=False)
+        elif not path.key.remote and theirs.address:
+            path.key = PathKey(peer.node, connection.link, theirs.address)
+        return path
+
+    # -- frames --
+
+    def receive(self, connection: Connection, data: bytes, now_ns: int) -> None:
+        """Bytes arrived."""
+        self._touched[connection.number] = connection
+        if connection.held is None:
+            self.decode(connection, data, now_ns)
+            return
+        connection.held += data
+        if len(connection.held) > MAX_HELD_BYTES:
+            self.lose(connection, "sent too much before it was let in", now_ns, tell=True)
+
+    def decode(self, connection: Connection, data: bytes, now_ns: int) -> None:
+        try:
+            while (shaking := connection.handshake) is not None:
+                frames = connection.decoder.feed(data, single=True)
+                if not frames:
+                    return
+                data = b""
+                self._shake(connection, shaking, frames[0], now_ns)
+                if connection.closed or connection.held is not None:
+                    return
+            peer = self.peers[connection.peer] if connection.peer is not None else None
+            if peer is None or peer.session is None:
+                return
+            self.want(peer)
+            for frame in connection.decoder.feed(data):
+                self._take(peer, peer.session, connection, frame, now_ns)
+                if connection.closed:
+                    return
+        except RemoteProtocolError as exc:
+            self.refuse(connection, exc, now_ns)
+
+    def _take(self, peer: Peer, session: Session, connection: Connection, frame: Frame, now_ns: int) -> None:
+        kind = frame.kind
+        connection.liveness.received += 1
+        if kind == FrameType.DATA:
+            session.receive_data(connection, frame, now_ns)
+        elif kind == FrameType.ACK:
+            fields = wire.decode_fields(frame.body, max_array=4 * MAX_CHANNELS)
+            session.receive_ack(fields)
+            if frame.flags & wire.ELICITING:
+                connection.queue_ack(now_ns + ACK_DELAY_NS)
+            self._evidence(peer, session, connection, wire.int_field(fields, 1), now_ns)
+        elif kind == FrameType.PING:
+            number = wire.int_field(wire.decode_fields(frame.body), 0)
+            answer: dict[int, Plain] = {0: number, 1: self.lag_ns, 2: connection.liveness.received}
+            connection.put(wire.encode_frame(FrameType.PONG, wire.encode_fields(answer)), eliciting=False)
+        elif kind == FrameType.PONG:
+            fields = wire.decode_fields(frame.body)
+            number = wire.int_field(fields, 0)
+            if connection.liveness.pong(number, wire.int_field(fields, 1, default=0), now_ns):
+                first = peer.contest_pings.get(connection.number)
+                if peer.contenders and first is not None and number >= first:
+                    self._lose_contest(peer, now_ns)
+            self._evidence(peer, session, connection, wire.int_field(fields, 2), now_ns)
+        elif kind == FrameType.OPEN:
+            session.receive_open(frame)
+            connection.queue_ack(now_ns + ACK_DELAY_NS)
+        elif kind == FrameType.REJECT:
+            handshake.raise_rejected(frame, connection.peer or connection.remote, self.identity.node)
+        elif not kind & wire.IGNORABLE:
+            raise RemoteProtocolError(f"frame type {kind} after the handshake", code="protocol")
+
+    def _evidence(self, peer: Peer, session: Session, connection: Connection, count: int, now_ns: int) -> None:
+        """The peer proved that our direction works."""
+        path = connection.path
+        if path is None or not connection.liveness.note_proved(count, now_ns):
+            return
+        session.trust(connection)
+        if path.established != connection.number:
+            self._resolve(path, connection, now_ns)
+        if path.state is PathState.UP or connection.closed:
+            return
+        other_up = any(other.state is PathState.UP for other in peer.paths.values())
+        if path.note_good(now_ns, self.profile, other_up=other_up):
+            self.effects.append(PathChanged(path.key, path.state, "good probes"))
+            self._note_reachable(peer)
+            session.consider(now_ns)
+
+    def _resolve(self, path: Path, connection: Connection, now_ns: int) -> None:
+        """Two connections on one path: both ends keep the same one."""
+        current = self._connections.get(path.established) if path.established is not None else None
+        if current is not None:
+            if current.liveness.timeouts or not current.liveness.evidence_ns:
+                return
+            keep = max(connection, current, key=self._precedence)
+            loser = current if keep is connection else connection
+            path.established = keep.number
+            self.lose(loser, "a second connection on the same link", now_ns, tell=True)
+        else:
+            path.established = connection.number
+
+    def _precedence(self, connection: Connection) -> tuple[bool, int]:
+        dialled_by_lower = connection.peer is not None and connection.dialled == (self.identity.node < connection.peer)
+        return dialled_by_lower, connection.number
+
+    # -- probes and verdicts --
+
+    def _ping(self, connection: Connection, now_ns: int) -> int:
+        number = connection.liveness.ping(now_ns)
+        fields: dict[int, Plain] = {0: number}
+        if number % 16 == 0:
+            key, value = wire.grease_field(self.rng)
+            fields[key] = value
+        connection.put(wire.encode_frame(FrameType.PING, wire.encode_fields(fields)), eliciting=True)
+        settled = connection.path is not None and connection.path.state is PathState.UP and not connection.busy
+        interval_ns = ns(self.profile.probe_idle_s if settled else self.profile.probe_busy_s)
+        connection.ping_ns = now_ns + int(interval_ns * self.rng.uniform(0.75, 1.25))
+        connection.busy = False
+        self._touched[connection.number] = connection
+        return number
+
+    def _check(self, connection: Connection, now_ns: int) -> None:
+        """What is due on one connection."""
+        if connection.path is None or connection.held is not None:
+            if connection.deadline_ns is not None and connection.deadline_ns <= now_ns:
+                self.lose(connection, "no handshake within 5 s", now_ns, tell=True)
+            return
+        deadline_ns = connection.liveness.deadline_ns
+        if deadline_ns is not None and deadline_ns <= now_ns:
+            self._timed_out(connection, connection.path, now_ns)
+        if connection.closed:
+            return
+        if connection.ping_ns <= now_ns:
+            self._ping(connection, now_ns)
+        if connection.ack_ns is not None and connection.ack_ns <= now_ns:
+            self.want(self.peers[connection.path.key.peer])
+
+    def _timed_out(self, connection: Connection, path: Path, now_ns: int) -> None:
+        peer = self.peers[path.key.peer]
+        session = peer.session
+        if session is None:
+            return
+        others = [item for item in session.connections.values() if item is not connection]
+        other_ns = max((item.liveness.evidence_ns for item in others), default=0)
+        verdict = connection.liveness.timed_out(now_ns, ns(self.profile.down_s), other_ns)
+        if verdict == "down":
+            self.lose(connection, f"silent for {self.profile.down_s:g} s", now_ns, tell=True)
+            return
+        if path.state is not PathState.UP:
+            path.note_bad(now_ns)
+        self._ping(connection, now_ns)
+        if verdict == "doubt":
+            # Ask the other paths, too: if all are silent at once, it is the peer that is slow.
+            for other in others:
+                self._ping(other, now_ns)
+            if connection is session.active:
+                session.doubt(now_ns)
+        elif verdict == "suspect" and path.established == connection.number:
+            path.note_bad(now_ns)
+            self._move(path, "silent", "two probe timeouts while another path answers")
+            session.consider(now_ns)
+        self.want(peer)
+
+    # -- endings --
+
+    def lose(self, connection: Connection, reason: str, now_ns: int, *, tell: bool) -> None:
+        """The connection is gone, or shall go (``tell`` the shell): its data moves, its path is judged and dialled again."""
+        if connection.closed:
+            return
+        connection.closed = True
+        del self._connections[connection.number]
+        if tell:
+            connection.flush(now_ns, self.effects)
+            self.effects.append(Disconnect(connection.number, reason))
+        peer = self.peers.get(connection.peer) if connection.peer is not None else None
+        if peer is None:
+            return
+        if connection in peer.contenders:
+            peer.contenders.remove(connection)
+        session = peer.session
+        if session is not None and connection.number in session.connections:
+            session.leave(connection, now_ns)
+            self.want(peer)
+        path = peer.paths.get(connection.link)
+        if path is not None:
+            self._lose_path(peer, path, connection, reason, now_ns)
+        if peer.contenders and session is not None and not session.connections:
+            self._end_contest(peer, now_ns)
+
+    def _lose_path(self, peer: Peer, path: Path, connection: Connection, reason: str, now_ns: int) -> None:
+        if path.established == connection.number:
+            session = peer.session
+            rest = [] if session is None else [item for item in session.connections.values() if item.path is path]
+            path.established = rest[-1].number if rest else None
+            if rest:
+                return
+            path.note_bad(now_ns)
+        elif path.dial == connection.number:
+            path.dial = None
+            if path.established is not None:
+                return
+        else:
+            return
+        self._move(path, "lost", reason)
+        self._note_reachable(peer)
+        self._plan_dial(path, now_ns, path.next_redial_ns(self.rng))
+
+    def _end_session(self, peer: Peer, reason: str, now_ns: int) -> None:
+        session = peer.session
+        if session is None:
+            return
+        peer.session = peer.datagrams = None
+        del self.by_session[session.id]
+        self.effects.append(SessionDown(peer.node, session.id, reason))
+        for connection in list(session.connections.values()):
+            self.lose(connection, reason, now_ns, tell=True)
+
+    def refuse(self, connection: Connection, exc: RemoteProtocolError, now_ns: int) -> None:
+        """Say why, close, and tell the administrator once a minute."""
+        code = exc.code if exc.code in REFUSALS else "protocol"
+        name = exc.peer or connection.peer or connection.remote
+        text = str(exc) if exc.peer else f"{name} at {connection.remote}: {exc}: connection closed"
+        connection.put_handshake(handshake.encode_reject(code))
+        path = self.peers[connection.peer].paths.get(connection.link) if connection.peer in self.peers else None
+        if path is not None:
+            path.failures = max(path.failures, REFUSED_FAILURES)
+        self.lose(connection, text, now_ns, tell=True)
+        where = (exc.peer or connection.remote.rpartition(":")[0], code)
+        last_ns = self._refused_ns.get(where)
+        if last_ns is None or now_ns - last_ns >= REFUSAL_REPEAT_NS:
+            self._refused_ns.pop(where, None)
+            if len(self._refused_ns) >= MAX_REFUSALS:
+                del self._refused_ns[min(self._refused_ns)]
+            self._refused_ns[where] = now_ns
+            self.effects.append(PeerRefused(name, code, text))
+
+    def check(self) -> None:
+        """Raises InvariantError: a rule of the state does not hold."""
+        for peer in self.peers.values():
+            if peer.session is not None:
+                peer.session.check()
+        for connection in self._connections.values():
+            connection.liveness.check()
+
+
+def _boot_counter(connection: Connection) -> int:
+    return connection.theirs.boot.counter if connection.theirs is not None else 0
