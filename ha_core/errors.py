@@ -225,3 +225,10 @@ def invariant(condition: object, text: str, **context: object) -> None:
     if not condition:
         details = ", ".join(f"{key}={value!r}" for key, value in context.items())
         raise InvariantError(f"{text} ({details})" if details else text)
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions in a group, at any depth; an exception that is no group is its own only leaf."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]

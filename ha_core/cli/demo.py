@@ -15,7 +15,7 @@ import trio
 from ha_core.demo.report import Report
 from ha_core.demo.story import Story, Tell
 from ha_core.demo.world import open_world
-from ha_core.errors import HAError
+from ha_core.errors import HAError, leaves
 
 
 @click.command()
@@ -39,17 +39,11 @@ def demo(as_json: bool, keep: Path | None, store: str, profile: str) -> None:
         click.echo("interrupted; every process that the demo started was ended", err=True)
         status = 130
     except* HAError as group:
-        for error in _leaves(group):
+        for error in leaves(group):
             click.echo(f"ha-core demo: {error}", err=True)
     if status != 130:
         click.echo(json.dumps(attrs.asdict(report)) if as_json else f"\n{report.table()}")
     sys.exit(status)
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-    return [error]
 
 
 async def _play(keep: Path | None, store: str, profile: str, report: Report, tell: Tell) -> None:

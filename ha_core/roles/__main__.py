@@ -8,7 +8,7 @@ import trio
 
 from ha_core import registry
 from ha_core.config import Config
-from ha_core.errors import HAError
+from ha_core.errors import HAError, leaves
 
 
 def main() -> None:
@@ -18,15 +18,9 @@ def main() -> None:
     try:
         trio.run(run, Config.load(path))
     except* HAError as group:
-        for error in _leaves(group):
+        for error in leaves(group):
             print(f"ha-core {name}: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-    return [error]
 
 
 if __name__ == "__main__":
