@@ -203,6 +203,8 @@ class Leadership:
             member = members.get(node)
             if member is None or (member.replica and self.peers[node].replica not in (b"", member.replica)):
                 del self.peers[node]
+        if self.transferee not in self.peers:
+            self.transferee = None
         for node in sorted(members):
             if node != core.node and node not in self.peers:
                 progress = Progress(core.limits, next=core.log.last_index + 1, ready=node not in core.unready)
@@ -326,7 +328,8 @@ class Leadership:
         for node, progress in self.peers.items():
             heartbeat = Heartbeat(core.term, self.round, min(progress.match, core.commit))
             core.send(node, heartbeat, Lane.DATAGRAM)
-        self.reads.begin(self.round)
+        if self.is_settled:  # R33: before, the commit index may be behind what an earlier leader acknowledged
+            self.reads.begin(self.round)
         self._confirm_rounds()
 
     def receive_heartbeat_answer(self, node: NodeId, round_number: int) -> None:
@@ -335,9 +338,13 @@ class Leadership:
             progress.round = max(progress.round, round_number)
             self._confirm_rounds()
 
+    @property
+    def confirmed_round(self) -> int:
+        """The newest round that a quorum has answered: this term was the newest one when it began."""
+        return self.configuration.quorum_value(self._round_of)
+
     def _confirm_rounds(self) -> None:
-        if self.is_settled:
-            self.reads.confirm(self.configuration.quorum_value(self._round_of))
+        self.reads.confirm(self.confirmed_round)
 
     def _round_of(self, node: NodeId) -> int:
         return self.round if node == self.core.node else self.peers[node].round

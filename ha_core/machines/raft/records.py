@@ -78,13 +78,14 @@ def recover(recovered: Recovered) -> Durable:
             durable.snapshot = decode_checkpoint(recovered.checkpoint)
         durable.commit = durable.snapshot.index
         for number, record in enumerate(recovered.records):
-            _replay(durable, record, number)
+            replay(durable, record, number)
     except DecodeError as exc:
         raise CorruptRecordError(f"raft records: {exc}: the store is damaged; rejoin with a new one") from exc
     return durable
 
 
-def _replay(durable: Durable, record: bytes, number: int) -> None:
+def replay(durable: Durable, record: bytes, number: int) -> None:
+    """Add what ``record`` holds. Raises DecodeError."""
     if not record or record[0] != VERSION:
         raise DecodeError(f"record {number} has an unknown version", code="raft")
     match unpack_array(record[1:]):
