@@ -1,6 +1,7 @@
 """What is spoken on ``guard.sock`` and on the beat sockets, as bytes and dataclasses.
 
-``guard.sock``: a Unix stream socket (mode 0600, in a directory of mode 0700); one JSON object per line, at most 64 KiB.
+``guard.sock``: a Unix stream socket (mode 0600, in a directory of mode 0700); one JSON object per line, requests of at most
+64 KiB, answers of at most 4 MiB.
 
     {"id": 7, "op": "start", "vm": "db", "lease": 12, "token": 15, "argv": [...], "env": {}, "workdir": "/", "shutdown_s": 2.0}
     {"id": 8, "op": "stop", "vm": "db", "token": 15, "shutdown_s": 2.0}
@@ -31,6 +32,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TypeAlias
 
 MAX_LINE_BYTES = 64 * 1024
+MAX_REPLY_BYTES = 4 << 20
 MAX_TOKEN = (1 << 63) - 2
 MAX_NAME_BYTES = 100
 SOCKET_NAME = "guard.sock"
