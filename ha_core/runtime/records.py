@@ -1,0 +1,65 @@
+"""The shell of a record store: carries out a machine's writes in order, one call of the store at a time.
+
+Whatever was queued while a flush was on its way shares the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from ha_core.errors import StorageError
+from ha_core.interfaces import RecordStore
+from ha_core.machines.contract import Event, Persist, Persisted, PersistFailed, WriteCheckpoint
+
+logger = logging.getLogger(__name__)
+
+
+class RecordShell:
+    def __init__(self, store: RecordStore, deliver: Callable[[Event], None]) -> None:
+        """``deliver`` takes Persisted and PersistFailed to the machine that asked."""
+        self._store = store
+        self._deliver = deliver
+        self._queue: deque[Persist | WriteCheckpoint] = deque()
+        self._wake = trio.Event()
+
+    def perform(self, effect: Persist | WriteCheckpoint) -> None:
+        """Queue a write; never waits."""
+        self._queue.append(effect)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Serve until cancelled, or until a write fails: the store is poisoned then, and its machine knows."""
+        queue = self._queue
+        while True:
+            if not queue:
+                await self._wake.wait()
+            self._wake = trio.Event()
+            batch = self._take()
+            try:
+                # A write that has begun ends; the store would not know how much of a cancelled one is durable.
+                with trio.CancelScope(shield=True):
+                    await self._write(batch)
+            except StorageError as exc:
+                logger.error("write %d of node.db failed: %s", batch[0].number, exc)
+                self._deliver(PersistFailed(batch[0].number, str(exc)))
+                return
+            self._deliver(Persisted(batch[-1].number))
+
+    def _take(self) -> list[Persist | WriteCheckpoint]:
+        """A checkpoint by itself, or all records up to the next one."""
+        batch = [self._queue.popleft()]
+        if isinstance(batch[0], Persist):
+            while self._queue and isinstance(self._queue[0], Persist):
+                batch.append(self._queue.popleft())
+        return batch
+
+    async def _write(self, batch: list[Persist | WriteCheckpoint]) -> None:
+        first = batch[0]
+        if isinstance(first, WriteCheckpoint):
+            await self._store.checkpoint(first.state, first.records)
+        else:
+            await self._store.append([one.record for one in batch if isinstance(one, Persist)])
