@@ -83,7 +83,8 @@ class SimDevice(Generic[P]):
         flight = self._flushing + self._queued
         kept = 0
         if flight:
-            kept = self._rng.randrange(len(flight) + 1)
+            # After a failed flush nothing later may become durable: that would be a hole, not a prefix.
+            kept = 0 if self._poisoned else self._rng.randrange(len(flight) + 1)
             for write in flight[:kept]:
                 self._keep(write.payload)
             if kept < len(flight):
