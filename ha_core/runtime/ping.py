@@ -26,11 +26,11 @@ async def ping(address: str, timeout_s: float) -> bool:
 
 async def _connect(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    try:
-        stream = await trio.open_tcp_stream(host, int(port))
-    except ConnectionRefusedError:
-        return True  # somebody is there to refuse
-    await stream.aclose()
+    with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_STREAM) as socket:
+        try:
+            await socket.connect((host, int(port)))
+        except ConnectionRefusedError:
+            return True  # somebody is there to refuse
     return True
 
 
@@ -61,7 +61,7 @@ def _echo_request(payload: bytes) -> bytes:
 
 def _checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071) of an even number of bytes."""
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

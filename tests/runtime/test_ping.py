@@ -17,11 +17,13 @@ async def test_a_listening_port_answers() -> None:
     assert await ping(f"127.0.0.1:{port}", 1.0)
 
     await listeners[0].aclose()
+
     assert await ping(f"127.0.0.1:{port}", 1.0), "a refusal is an answer too"
 
 
-async def test_an_address_that_cannot_be_reached_does_not_answer() -> None:
-    assert not await ping("0.0.0.1:9", 0.05)
+@pytest.mark.parametrize("address", ["256.0.0.1", "256.0.0.1:9"])
+async def test_what_cannot_be_reached_does_not_answer(address: str) -> None:
+    assert not await ping(address, 0.05)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ICMP echo needs root here")
