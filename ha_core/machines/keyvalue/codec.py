@@ -148,11 +148,28 @@ def _command(plain: object) -> Command:
     session, sequence, floor, kind = plain[:4]
     if not (_is_number(session) and _is_number(sequence) and _is_number(floor)):
         _bad("session, sequence and floor are whole numbers")
+    put = _single_put(plain) if kind == 1 else None
+    if put is not None:
+        return Command(session, sequence, floor, Change((), (put,), ()))
     body = _body(kind, plain[4:])
     problem = problem_of(body)
     if problem is not None:
         _bad(problem)
     return Command(session, sequence, floor, body)
+
+
+def _single_put(plain: tuple[object, ...]) -> Put | None:
+    """The put of a change that is one, the most frequent command of all, in a third of the time; None for everything else."""
+    if len(plain) != 7 or plain[4] != () or plain[6] != ():
+        return None
+    steps = plain[5]
+    if type(steps) is not tuple or len(steps) != 1 or type(steps[0]) is not tuple or len(steps[0]) != 4:
+        return None
+    kind, key, value, lease = steps[0]
+    if kind != 0 or type(key) is not bytes or type(value) is not bytes or not _is_number(lease):
+        return None
+    good = 0 < len(key) <= MAX_KEY_BYTES and len(key) + len(value) <= MAX_CHANGE_BYTES
+    return Put(key, value, lease) if good else None
 
 
 def _fields(body: Body) -> tuple[object, ...]:

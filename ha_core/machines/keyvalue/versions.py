@@ -166,6 +166,27 @@ class VersionedMap:
         self._history.append(group)
         return group
 
+    def put(self, key: bytes, value: bytes, lease: int) -> RevisionEvents:
+        """``commit`` of one put: the most frequent change of all, in half the time."""
+        revision = self.revision + 1
+        previous = self._records.get(key)
+        held = len(key) + len(value) + RECORD_OVERHEAD_BYTES
+        if previous is None:
+            record = Record(key, value, revision, revision, 1, lease)
+            bisect.insort(self._keys, key)
+            self.size_bytes += held
+        else:
+            record = Record(key, value, previous.create_revision, revision, previous.version + 1, lease)
+            self.size_bytes += len(value) - len(previous.value)
+            held += len(previous.value)
+        self._records[key] = record
+        self.digest = zlib.crc32(value, zlib.crc32(key, zlib.crc32(_pack_pair(revision, lease), self.digest)))
+        self.revision = revision
+        self.history_bytes += held
+        group = RevisionEvents(revision, (KeyEvent(key, record, previous),))
+        self._history.append(group)
+        return group
+
     def compact(self, revision: int) -> None:
         """Drop the history up to and including ``revision``, at most up to the present."""
         target = min(revision, self.revision)
