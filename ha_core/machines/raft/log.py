@@ -31,6 +31,7 @@ class Log:
     entries: list[Entry] = attrs.field(factory=list)
     _configurations: list[tuple[int, Configuration]] = attrs.field(factory=list)
     _run_firsts: list[int] = attrs.field(factory=list)
+    _run_lasts: list[int] = attrs.field(factory=list)
     _runs: list[bytes] = attrs.field(factory=list)
     _run_bytes: int = 0
     _unwritten: list[bytes] = attrs.field(factory=list)
@@ -98,13 +99,15 @@ class Log:
         at = bisect_left(self._run_firsts, first)
         if at < len(self._runs) and self._run_firsts[at] == first:
             runs, size = [self._runs[at]], len(self._runs[at])
-            at += 1
-            while at < len(self._runs) and size + len(self._runs[at]) <= max_bytes:
+            while (
+                at + 1 < len(self._runs)
+                and self._run_firsts[at + 1] == self._run_lasts[at] + 1
+                and size + len(self._runs[at + 1]) <= max_bytes
+            ):
+                at += 1
                 runs.append(self._runs[at])
                 size += len(self._runs[at])
-                at += 1
-            last = self._run_firsts[at] - 1 if at < len(self._runs) else self.last_index
-            return tuple(runs), last, size
+            return tuple(runs), self._run_lasts[at], size
         # Not at the beginning of a kept run: encode up to where one begins.
         limit = self._run_firsts[at] - 1 if at < len(self._runs) else self.last_index
         start = end = first - self.base_index - 1
@@ -121,6 +124,7 @@ class Log:
         """Add ``entries``, which ``run`` encodes, at the end."""
         invariant(entries[0].index == self.last_index + 1, "entries follow the log", index=entries[0].index)
         self._run_firsts.append(entries[0].index)
+        self._run_lasts.append(entries[-1].index)
         self._runs.append(run)
         self._run_bytes += len(run)
         self._unwritten.append(run)
@@ -146,11 +150,9 @@ class Log:
         del self.entries[first - self.base_index - 1 :]
         while self._configurations and self._configurations[-1][0] >= first:
             self._configurations.pop()
-        keep = bisect_left(self._run_firsts, first)
-        if keep and self._run_firsts[keep - 1] < first:
-            keep -= 1  # this run may reach beyond the cut
+        keep = bisect_left(self._run_lasts, first)
         self._run_bytes -= sum(map(len, self._runs[keep:]))
-        del self._run_firsts[keep:], self._runs[keep:]
+        del self._run_firsts[keep:], self._run_lasts[keep:], self._runs[keep:]
         # A write that finishes later made other entries durable than those that will stand there (R29).
         self.durable = min(self.durable, first - 1)
         self._writes = deque((number, min(last, first - 1)) for number, last in self._writes)
@@ -205,7 +207,7 @@ class Log:
 
     def _drop_runs(self, count: int) -> None:
         self._run_bytes -= sum(map(len, self._runs[:count]))
-        del self._run_firsts[:count], self._runs[:count]
+        del self._run_firsts[:count], self._run_lasts[:count], self._runs[:count]
 
     def check(self) -> None:
         invariant(self.base_index <= self.snapshot.index <= self.last_index, "the snapshot lies within the log")
@@ -216,5 +218,7 @@ class Log:
             invariant(ends[0].index == self.base_index + 1 and ends[1].index == self.last_index, "entries are consecutive")
             invariant(self.base_term <= ends[0].term <= ends[1].term, "terms never fall")
         invariant(self._run_bytes == sum(map(len, self._runs)), "the size of the kept runs")
+        if self._runs:
+            invariant(self.base_index < self._run_firsts[0] and self._run_lasts[-1] <= self.last_index, "kept runs lie in the log")
         indexes = [index for index, _ in self._configurations]
         invariant(indexes == sorted(set(indexes)) and (not indexes or indexes[-1] <= self.last_index), "configurations")

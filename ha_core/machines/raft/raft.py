@@ -286,8 +286,9 @@ class Raft:
             return Reason.OTHER_CLUSTER
         if envelope.receiver not in (b"", core.replica):
             return Reason.OTHER_REPLICA
-        if configuration is not None and envelope.sender in configuration.retired:
-            return Reason.RETIRED
+        committed = core.log.configuration_at(core.commit)
+        if committed is not None and envelope.sender in committed.retired:
+            return Reason.RETIRED  # only once committed: until then it may rightly be elected by those who lack the removal
         if isinstance(envelope.message, _ANSWERS):
             if configuration is None or not configuration.knows(sender, envelope.sender):
                 return Reason.NO_MEMBER

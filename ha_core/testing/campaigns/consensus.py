@@ -65,6 +65,7 @@ class Seen:
     term: int = 0
     role: Role = Role.FOLLOWER
     configuration: Configuration | None = None
+    """The committed one."""
 
 
 class ConsensusChecker:
@@ -146,7 +147,7 @@ class ConsensusChecker:
             self._origins.setdefault(core.term, core.replica)
         if core.role is Role.LEADER and (seen.role is not Role.LEADER or core.term != seen.term):
             self._check_leader(name, seen.raft)
-        seen.term, seen.role, seen.configuration = core.term, core.role, core.log.configuration
+        seen.term, seen.role, seen.configuration = core.term, core.role, core.log.configuration_at(core.commit)
 
     def _check_leader(self, name: str, raft: Raft) -> None:
         sim, core = self._sim, raft.core
