@@ -189,6 +189,16 @@ class OperationFailedError(HypervisorError):
     """The driver tried and failed."""
 
 
+class StartRefusedError(OperationFailedError):
+    """The guard does not start this run now; ``code`` says why: not-reaped, no-lease, other-lease or ending."""
+
+    retryable = True
+
+    def __init__(self, text: str, *, code: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 class FencingError(HAError):
     """A host could not be fenced, or a token is too old."""
 

@@ -144,7 +144,8 @@ class VmSpec:
 
 @attrs.frozen
 class VmReport:
-    """``state``: starting, running, stopping, stopped (reaped), failed. ``event`` orders reports of one guard instance."""
+    """``state``: starting, running, stopping, stopped (reaped), failed. ``event`` orders reports of one guard ``instance``;
+    within one kernel boot a later instance's numbers are higher too."""
 
     name: VmName
     token: FencingToken
@@ -152,6 +153,7 @@ class VmReport:
     event: int
     exit_code: int | None = None
     text: str = ""
+    instance: str = ""
 
 
 class Hypervisor(Protocol):

@@ -139,7 +139,8 @@ class GuardStatus:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer; of the payloads exactly that of the request's kind is set, none if ``error``."""
+    """One answer; of the payloads exactly that of the request's kind is set, none if ``error``. ``current``: with stale-token
+    the fencing token known, with other-lease the lease token held."""
 
     id: int
     error: str = ""
@@ -147,6 +148,7 @@ class Reply:
     run: RunReport | None = None
     runs: tuple[RunReport, ...] | None = None
     status: GuardStatus | None = None
+    current: int = 0
 
 
 class LineDecoder:
@@ -222,7 +224,7 @@ def request_id(line: bytes) -> int:
 
 def encode_reply(reply: Reply) -> bytes:
     if reply.error:
-        return _line({"id": reply.id, "ok": False, "error": reply.error, "text": reply.text})
+        return _line({"id": reply.id, "ok": False, "error": reply.error, "text": reply.text, "current": reply.current})
     data: dict[str, object] = {"id": reply.id, "ok": True}
     if reply.run is not None:
         data["run"] = asdict(reply.run)
@@ -244,7 +246,11 @@ def decode_answer(line: bytes) -> Reply | RunReport:
         return _run(data["report"])
     number = _int(data, "id")
     if data.get("ok") is not True:
-        return Reply(number, str(data.get("error") or "unknown"), str(data.get("text") or ""))
+        current = data.get("current")
+        return Reply(
+            number, str(data.get("error") or "unknown"), str(data.get("text") or ""),
+            current=current if type(current) is int else 0,
+        )  # fmt: skip
     run, runs, status = data.get("run"), data.get("runs"), data.get("status")
     return Reply(
         number,

@@ -34,11 +34,14 @@ class Process:
         return self.pidfd
 
     def dead(self) -> bool:
-        return bool(select.select([self.pidfd], [], [], 0)[0])
+        return self.wait(0)
 
     def wait(self, timeout_s: float) -> bool:
         """True once it is dead."""
-        return bool(select.select([self.pidfd], [], [], timeout_s)[0])
+        # poll, not select: an agent may have more than 1,024 descriptors open.
+        waiter = select.poll()
+        waiter.register(self.pidfd, select.POLLIN)
+        return bool(waiter.poll(timeout_s * 1e3))
 
     def send(self, signo: int) -> None:
         try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from ha_core.guard.control import Reply, RunReport, StartRequest, StopRequest
@@ -379,7 +379,7 @@ class GuardRules:
         if known is not None and known.token == order.token:
             return Reply(0, run=self._report(known))
         if known is not None and known.token > order.token:
-            return Reply(0, "stale-token", f"{order.vm}: token {order.token} is older than {known.token}")
+            return Reply(0, "stale-token", f"{order.vm}: token {order.token} is older than {known.token}", current=known.token)
         if known is not None and not known.state.reaped:
             return Reply(0, "not-reaped", f"{order.vm}: the run with token {known.token} is not gone yet")
         if self.ending:
@@ -387,7 +387,8 @@ class GuardRules:
         if not self.holds_lease(now_ns):
             return Reply(0, "no-lease", f"{order.vm}: this host holds no lease")
         if order.lease != self.lease_token:
-            return Reply(0, "other-lease", f"{order.vm}: assigned under lease {order.lease}, held is {self.lease_token}")
+            text = f"{order.vm}: assigned under lease {order.lease}, held is {self.lease_token}"
+            return Reply(0, "other-lease", text, current=self.lease_token)
         if known is None and now_ns < self._blind_until_ns:
             return Reply(0, "not-reaped", f"{order.vm}: an earlier guard's runs may still be alive")
         if known is None and len(self.runs) >= MAX_RUNS:
@@ -492,8 +493,3 @@ class GuardRules:
         return RunReport(
             run.vm, run.token, run.lease_token, run.state.value, run.event, self.instance.hex(), run.exit_code, run.text
         )
-
-
-def with_id(reply: Reply, number: int) -> Reply:
-    """The reply under the id of the request that it answers."""
-    return replace(reply, id=number)

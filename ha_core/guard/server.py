@@ -8,6 +8,7 @@ import selectors
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 from ha_core.guard.control import (
     SOCKET_NAME,
@@ -117,7 +118,7 @@ class ControlServer:
             self._send(client, encode_reply(Reply(request_id(line), exc.code, str(exc))))
             return
         reply = self._answer(request)
-        self._send(client, encode_reply(Reply(number, reply.error, reply.text, reply.run, reply.runs, reply.status)))
+        self._send(client, encode_reply(replace(reply, id=number)))
         if isinstance(request, SubscribeRequest) and client in self._clients:
             for report in self._reports():
                 self._send(client, encode_report(report))

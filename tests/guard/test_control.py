@@ -64,7 +64,7 @@ def test_requests_arrive_as_they_were_sent(request_: Request) -> None:
         Reply(1, run=RUN),
         Reply(2, runs=(RUN, RunReport("a", 1, 1, "failed", 3, "ab", 127, "not found"))),
         Reply(3, status=STATUS),
-        Reply(4, "stale-token", "db: token 3 is older than 15"),
+        Reply(4, "stale-token", "db: token 3 is older than 15", current=15),
         Reply(5),
     ],
 )
