@@ -162,7 +162,7 @@ class SqliteRecordStore:
         """
         batch = pack_batch(records)
         await self._write(self._append, batch)
-        self._appended_bytes += len(batch)
+        self._appended_bytes += sum(map(len, records))
 
     def _append(self, batch: bytes) -> None:
         number = self._next

@@ -18,6 +18,7 @@ from ha_core.errors import ConfigError, CorruptRecordError, StorageError, Storag
 from ha_core.interfaces import Recovered
 from ha_core.storage.flash import FlashEngine, FlashRecordStore, open_flash_store
 from ha_core.storage.flash_device import Geometry
+from ha_core.storage.flash_format import SEGMENT_HEADER_BYTES
 from ha_core.storage.flash_log import FlashLog
 from ha_core.storage.flash_nand import TEARS, SimulatedNand, Tear
 from ha_core.storage.flash_recovery import Reader, scan
@@ -288,6 +289,53 @@ def test_lost_header_of_the_newest_segment_is_corruption() -> None:
     nand.blocks[newest].data[0:60] = random.Random(1).randbytes(60)
     with pytest.raises(CorruptRecordError, match="lost its header"):
         content(nand)
+
+
+def test_damage_that_a_later_header_contradicts_is_no_torn_tail() -> None:
+    nand = SimulatedNand(SMALL)
+    log = open_log(nand)
+    log.recover()
+    log.append([b"first"])
+    log.append([b"r" * (log._space() - 40)])
+    last = log._chain[-1].block
+    nand.cut_after(2 + SEGMENT_HEADER_BYTES // 16)  # the next segment gets its header and no fragment
+    with pytest.raises(StorageError):
+        log.append([b"next"])
+    nand.restore_power()
+    assert len(read_only(nand).records) == 2
+
+    at = nand.blocks[last].data.index(b"rrrr")
+    nand.blocks[last].data[at : at + 4] = b"\0\0\0\0"
+    with pytest.raises(CorruptRecordError, match="ends early"):
+        read_only(nand)
+
+
+def test_only_copy_of_the_last_fragment_is_never_erased() -> None:
+    nand = image(2)
+    before = content(nand)  # the last fragment stands alone in the newest segment now
+    last = max(scan(nand).segments, key=lambda segment: segment.header.number).block
+    for block in range(10):
+        if block != last:
+            nand.wear_out(block)
+    with pytest.raises(StorageError, match="no good block is left"):
+        content(nand)
+    assert read_only(nand) == before
+
+
+def test_segments_of_a_broken_checkpoint_are_not_the_first_to_be_erased() -> None:
+    nand = SimulatedNand(SMALL)
+    log = open_log(nand)
+    log.recover()
+    log.append([b"kept"])
+    nand.cut_after(90)
+    with pytest.raises(StorageError):
+        log.checkpoint(b"s" * 2000, [])
+    nand.restore_power()
+    broken = {segment.block for segment in scan(nand).segments if segment.header.number > log._chain[0].header.number + 1}
+    log = open_log(nand)
+    log._erase_counts = [0 if block in broken else 9 for block in range(SMALL.block_count)]
+    assert log.recover().records == (b"kept",)
+    assert log._chain[-1].block not in broken
 
 
 def test_stale_and_foreign_bytes_are_refused() -> None:
