@@ -279,15 +279,19 @@ def recall(tx: KvTransaction, index: LogIndex, command: c.Recall) -> Outcome:
     return _DONE
 
 
+_REPORTED: Final = (RunState.ASSIGNED, RunState.STARTING, RunState.RUNNING, RunState.STOPPING)
+"""In the order in which a run goes through them."""
+
+
 @_procedure(c.ReportVm)
 def report_vm(tx: KvTransaction, index: LogIndex, command: c.ReportVm) -> Outcome:
     run = _run_of(tx, command.vm, command.token)
     if run is None or not run.held:
         return _refuse("no such run")
-    if command.event <= run.event:
-        return _refuse("an older report")
-    if command.state not in (RunState.STARTING, RunState.RUNNING, RunState.STOPPING):
+    if command.state not in _REPORTED[1:]:
         return _refuse("not a state that a guard reports")
+    if (command.event, _REPORTED.index(command.state)) <= (run.event, _REPORTED.index(run.state)):
+        return _refuse("an older report")
     attrs.evolve(
         run, state=command.state, instance=command.instance, event=command.event, text=command.text
     ).put(tx)  # fmt: skip
@@ -301,7 +305,7 @@ def released(tx: KvTransaction, index: LogIndex, command: c.Released) -> Outcome
         return _refuse("no such run")
     if run.state is RunState.RELEASED:
         return _DONE
-    if command.event <= run.event:
+    if command.event < run.event:
         return _refuse("an older report")
     vm = Vm.get(tx, command.vm)
     ended = attrs.evolve(

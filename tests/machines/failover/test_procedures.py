@@ -250,7 +250,8 @@ def test_a_report_that_is_older_or_of_an_earlier_run_is_dropped() -> None:
 
     assert not log.run(c.Released(VmName("vm"), earlier, b"\1" * 16, 99)).done
     assert not log.run(c.Released(VmName("vm"), token, b"\2" * 16, 49)).done
-    assert not log.run(c.ReportVm(VmName("vm"), token, b"\2" * 16, 50, RunState.STOPPING)).done
+    assert not log.run(c.ReportVm(VmName("vm"), token, b"\2" * 16, 49, RunState.STOPPING)).done
+    assert not log.run(c.ReportVm(VmName("vm"), token, b"\2" * 16, 50, RunState.STARTING)).done
     assert log.runs("vm").state is RunState.RUNNING
 
 
