@@ -193,7 +193,7 @@ class EndpointMachine:
 
     def _consumed(self, event: Consumed, now_ns: int) -> None:
         peer = self._lower.peers.get(event.peer)
-        if peer is not None and peer.session is not None:
+        if peer is not None and peer.session is not None and event.session in (None, peer.session.id):
             peer.session.consumed(event, now_ns)
             self._lower.want(peer)
 

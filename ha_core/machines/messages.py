@@ -95,6 +95,8 @@ class Consumed(Event):
     channel: ChannelName
     count: int
     byte_count: int
+    session: SessionId | None = None
+    """The session that delivered them: nothing is granted if it is over. None only where no reset can lie in between."""
 
 
 # -- to above --
