@@ -68,6 +68,7 @@ from ha_core.testing.simulator.faults import PACKET_FAULTS as PACKET_FAULTS
 from ha_core.testing.simulator.faults import PATH_FAULTS as PATH_FAULTS
 from ha_core.testing.simulator.faults import PROCESS_FAULTS as PROCESS_FAULTS
 from ha_core.testing.simulator.faults import Chaos as Chaos
+from ha_core.testing.simulator.faults import End as End
 from ha_core.testing.simulator.faults import Fault as Fault
 from ha_core.testing.simulator.faults import disk_faults as disk_faults
 from ha_core.testing.simulator.faults import network_faults as network_faults

@@ -90,6 +90,8 @@ class SimConnections:
         self._ends: dict[tuple[str, int], _End] = {}
         self._dark: set[str] = set()
         """Processes that went down without a packet (no power)."""
+        self.tap: Callable[[str, int, bytes], None] | None = None
+        """Called as ``tap(process, connection, data)`` for everything that is transmitted on a stream."""
 
     def attach(
         self,
@@ -201,6 +203,8 @@ class SimConnections:
             return
         data = effect.data
         self.sim.trace("tcp", entry.process.name, effect.connection, len(data), digest(data))
+        if self.tap is not None:
+            self.tap(entry.process.name, effect.connection, data)
         end.unflushed += len(data)
         self._flush_soon(end)
         if len(data) > 1 and self._rng.random() < self._chop:

@@ -1,0 +1,344 @@
+"""The messages campaign: three or four nodes, two paths between each pair, everything that can go wrong, exactly once.
+
+Real endpoint and durable machines over a simulated network at connection level; stores that lose what was not flushed. Some
+seeds also restore a store from an older copy, run a clone of it, or lose it: then each channel concerned must either be whole
+or be reported (P5). The safety phase has all faults; in the first liveness phase one path of each pair works (I26), in the
+second everything does, and nothing may be missing (I1).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from ha_core.ids import ChannelName, LinkName, NodeId
+from ha_core.machines.channels import QUEUE_BYTES
+from ha_core.machines.durable_events import HandlerClosed, HandlerOpened
+from ha_core.machines.durable_wire import FLIGHT_BYTES, MAX_MESSAGE_BYTES, RUN_BYTES
+from ha_core.testing.campaigns.messages_node import CHANNELS, REPLIES, MessagesNode
+from ha_core.testing.campaigns.messages_store import Oracle
+from ha_core.testing.campaigns.messages_stranger import Stranger
+from ha_core.testing.simulator import (
+    MILLISECOND,
+    SECOND,
+    Chaos,
+    End,
+    Fault,
+    SimConnections,
+    SimNetwork,
+    Simulation,
+    disk_faults,
+    network_faults,
+    process_faults,
+    reset_faults,
+)
+
+LINKS = ("a", "b")
+SAFETY_NS = 8 * SECOND
+LIVENESS_NS = 15 * SECOND
+PATIENCE_NS = 60 * SECOND
+"""The second liveness phase: long enough for what was held down to come back."""
+
+
+def node_id(name: str) -> NodeId:
+    return NodeId(f"app@{name}.example")
+
+
+def addresses(number: int) -> dict[LinkName, str]:
+    return {LinkName(link): f"10.0.{net}.{number}:7400" for net, link in enumerate(LINKS, start=1)}
+
+
+class MessagesCampaign:
+    name = "messages"
+    invariants = (
+        "I1", "I2", "I3", "I4", "I5", "I6", "I7", "I8", "I9", "I10", "I11", "I12", "I13", "I14", "I15", "I16", "I17", "I21",
+        "I26", "I28", "I29",
+    )  # fmt: skip
+    faults = (
+        "loss", "delay", "reorder", "duplicate", "replay", "corrupt", "path-cut", "one-way-cut", "partition", "clog", "reset",
+        "disk-crash", "disk-torn", "disk-error", "disk-full", "disk-slow", "crash", "power-loss", "freeze",
+        "handler-error", "handler-kill", "handler-closed", "stall", "garbage", "restore", "clone", "store-lost",
+    )  # fmt: skip
+
+    def play(self, sim: Simulation) -> None:
+        world = World(sim, sim.swarm(self.faults))
+        world.start()
+        sim.run_for(SAFETY_NS)
+        world.heal()
+        world.live()
+        world.judge()
+
+
+class World:
+    """All nodes, their network, what is sent on it and what befalls it."""
+
+    def __init__(self, sim: Simulation, swarm: dict[str, float]) -> None:
+        self.sim = sim
+        self.swarm = swarm
+        self.rng = sim.stream("world")
+        self.network = SimNetwork(sim, links=LINKS)
+        self.connections = SimConnections(self.network)
+        self.oracle = Oracle(sim)
+        self.nodes: dict[str, MessagesNode] = {}
+        self.clone: MessagesNode | None = None
+        self.tampered: set[str] = set()
+        """Names of nodes whose store was restored, cloned or lost."""
+        self.burst = self.rng.random() < 0.15
+        self.sent = 0
+        for number in range(1, (4 if self.rng.random() < 0.25 else 3) + 1):
+            self._add(f"n{number}", node_id(f"n{number}"), number)
+        for node in self.nodes.values():
+            for other in self.nodes.values():
+                if node is not other:
+                    node.peers[other.node] = other.addresses
+        self.names = list(self.nodes)
+        self.stranger = Stranger(sim, self.network, self.connections, [node.addresses for node in self.nodes.values()])
+        self.connections.tap = self.stranger.overhear
+        self.chaos = Chaos(sim, self._faults(), swarm)
+        self._until = 0
+        sim.watch(self._check_memory)
+
+    def _add(self, name: str, node: NodeId, number: int) -> MessagesNode:
+        self.network.add_host(name)
+        rate = self.rng.choice((0, 0, 3000, -3000))
+        self.nodes[name] = MessagesNode(
+            self.sim, name, node, addresses(number), self.connections, self.oracle, rate_ppm=rate
+        )  # fmt: skip
+        return self.nodes[name]
+
+    # -- the safety phase --
+
+    def start(self) -> None:
+        self._until = self.sim.now_ns + SAFETY_NS
+        for name, node in self.nodes.items():
+            self.sim.after(self.rng.randrange(500) * MILLISECOND, node.process.start)
+            self.sim.after(self.rng.randrange(800) * MILLISECOND, self._act, node, self.sim.stream(f"act/{name}"))
+        self.chaos.start()
+
+    def _act(self, node: MessagesNode, rng: random.Random) -> None:
+        """The application does something, again and again."""
+        if self.sim.now_ns >= self._until:
+            return
+        self.sim.after(rng.randrange(20, 140) * MILLISECOND, self._act, node, rng)
+        if not node.process.alive or node.process.frozen:
+            return
+        peer = rng.choice(list(node.peers))
+        size = rng.choice((10, 100, 1000))
+        match rng.randrange(4):
+            case 0 | 1:
+                count = rng.randrange(50, 150) if self.burst else rng.randrange(1, 8)
+                node.send_durable(peer, rng.choice(CHANNELS), [self._body(node, rng, size) for _ in range(count)])
+            case 2:
+                node.talk(peer, rng.randrange(100, 400) if self.burst else rng.randrange(1, 8), size)
+            case _:
+                for other in node.peers:
+                    node.beat(other)
+
+    def _body(self, node: MessagesNode, rng: random.Random, size: int) -> bytes:
+        self.sent += 1
+        kind, draw = b"do", rng.random()
+        if draw < 0.1:
+            kind = b"ask"
+        elif draw < 0.12 and self.swarm["handler-error"]:
+            kind = b"fail" if rng.random() < 0.8 else b"poison"
+        elif draw < 0.122 and self.swarm["handler-kill"] and not self.burst:
+            kind = b"kill"
+        return b"%s %s %d " % (kind, node.name.encode(), self.sent) + bytes(size)
+
+    def _faults(self) -> list[Fault]:
+        nodes = list(self.nodes.values())
+        return [
+            *network_faults(self.network),
+            *reset_faults(self.connections.reset, list(self.nodes)),
+            *disk_faults([node.store.device for node in nodes]),
+            *process_faults([node.process for node in nodes]),
+            Fault("handler-closed", self._close_handler),
+            Fault("stall", self._stall),
+            Fault("garbage", self.stranger.strike),
+            Fault("restore", self._restore, 0.4),
+            Fault("clone", self._run_clone, 0.4),
+            Fault("store-lost", self._lose_store, 0.3),
+        ]
+
+    def _some_node(self, rng: random.Random) -> MessagesNode:
+        return self.nodes[rng.choice(self.names)]
+
+    def _close_handler(self, rng: random.Random, amount: float) -> End:
+        node, name = self._some_node(rng), rng.choice(CHANNELS)
+        self.sim.fault("handler-closed")
+        node.process.post(HandlerClosed(name))
+        return lambda: node.process.post(HandlerOpened(name, 50))
+
+    def _stall(self, rng: random.Random, amount: float) -> End:
+        node = self._some_node(rng)
+        self.sim.fault("stall")
+        node.stalled = True
+
+        def end() -> None:
+            node.stalled = False
+            node.consume()
+
+        return end
+
+    # -- tampering with stores --
+
+    def _tamper(self, node: MessagesNode, kind: str) -> bool:
+        """Whether this seed may have this: one store a seed is tampered with, or no channel could be judged."""
+        if self.tampered or self.sim.now_ns < SECOND:
+            return False
+        self.tampered.add(node.name)
+        self.oracle.tampered.add(node.store.durable.store)
+        self.sim.trace(kind, node.name)
+        self.sim.fault(kind)
+        return True
+
+    def _restore(self, rng: random.Random, amount: float) -> None:
+        node = self._some_node(rng)
+        if not self._tamper(node, "restore"):
+            return
+        image = node.store.durable.copy()
+
+        def put_back() -> None:
+            node.process.end(silent=rng.random() < 0.5)
+            node.store.restore(image)
+            self.sim.after(rng.randrange(10, 500) * MILLISECOND, node.process.start)
+
+        self.sim.after(rng.randrange(50, 3000) * MILLISECOND, put_back)
+
+    def _lose_store(self, rng: random.Random, amount: float) -> None:
+        node = self._some_node(rng)
+        if self._tamper(node, "store-lost"):
+            node.process.end()
+            node.store.lose()
+            self.sim.after(rng.randrange(10, 500) * MILLISECOND, node.process.start)
+
+    def _run_clone(self, rng: random.Random, amount: float) -> None:
+        """Another machine begins to run from a copy of a node's files, under the same name; the original lives on."""
+        node = self._some_node(rng)
+        if not self._tamper(node, "clone"):
+            return
+        clone = self._add(f"clone-of-{node.name}", node.node, 9)
+        clone.peers.update(node.peers)
+        clone.store.restore(node.store.durable)
+        self.oracle.share(node.store.durable.store, clone.name)
+        self.clone = clone
+        clone.process.start()
+        self._act(clone, self.sim.stream("act/clone"))
+        self.sim.after(rng.randrange(500, 5000) * MILLISECOND, clone.process.end)
+
+    # -- the liveness phases --
+
+    def heal(self) -> None:
+        self.chaos.stop()
+        self.network.heal_all()
+        if self.clone is not None:
+            self.clone.process.end()
+        for node in self.nodes.values():
+            if node is not self.clone:
+                node.process.crash_within(-1)
+                node.process.start()
+
+    def live(self) -> None:
+        """One healthy path of each pair must do; then all are healthy."""
+        pairs = [(one, other) for at, one in enumerate(self.names) for other in self.names[at + 1 :]]
+        cuts = [self.network.cut_path(one, other, self.rng.choice(LINKS)) for one, other in pairs]
+        self.sim.checked("I26")
+        if not self._run_until_whole(LIVENESS_NS):
+            self.sim.violate("I26", f"with one path of each pair: {'; '.join(self._missing())}")
+        for cut in cuts:
+            cut.heal()
+        self._run_until_whole(PATIENCE_NS)
+
+    def _run_until_whole(self, duration_ns: int) -> bool:
+        end_ns = self.sim.now_ns + duration_ns
+        while self.sim.now_ns < end_ns:
+            self.sim.run_for(100 * MILLISECOND)
+            if next(self._missing_lines(), None) is None:
+                return True
+        return False
+
+    def _missing(self) -> list[str]:
+        return list(self._missing_lines())[:5]
+
+    def _channels(self) -> Iterator[tuple[MessagesNode, MessagesNode, ChannelName]]:
+        for sender in self.names:
+            for receiver in self.names:
+                if sender != receiver:
+                    for name in (*CHANNELS, REPLIES):
+                        yield self.nodes[sender], self.nodes[receiver], name
+
+    def _missing_lines(self) -> Iterator[str]:
+        for node in self.names:
+            if not self.nodes[node].process.alive:
+                yield f"{node} is down"
+        for sender, receiver, name in self._channels():
+            sent = sender.store.durable.outgoing.get((receiver.node, name))
+            got = receiver.store.durable.incoming.get((sender.store.durable.store, name))
+            last, cursor = sent.last if sent else 0, got.cursor if got else 0
+            if cursor != last and not self._excused(sender, receiver):
+                yield f"{receiver.name} has {cursor} of {last} of {name!r} from {sender.name}"
+        for one in self.names:
+            for other in self.names:
+                if one != other and not self._excused(self.nodes[one], self.nodes[other]):
+                    yield from self._unfinished_sessions(self.nodes[one], self.nodes[other])
+
+    def _unfinished_sessions(self, one: MessagesNode, other: MessagesNode) -> Iterator[str]:
+        machine = one.machine
+        session = machine.endpoint.session_with(other.node) if machine is not None else None
+        if session is None:
+            yield f"{one.name} has no session with {other.name}"
+            return
+        for channel in session.channels():
+            if channel.pending_count or channel.base != channel.top:
+                yield f"{one.name}: session channel {channel.name!r} to {other.name} does not drain"
+
+    def _excused(self, one: MessagesNode, other: MessagesNode) -> bool:
+        """Something was done to the store of one of them, and an administrator was told of it."""
+        if one.name not in self.tampered and other.name not in self.tampered:
+            return False
+        return any(peer == other.node for peer, _ in one.reports) or any(peer == one.node for peer, _ in other.reports)
+
+    # -- verdicts --
+
+    def judge(self) -> None:
+        sim = self.sim
+        for sender, receiver, name in self._channels():
+            sent = sender.store.durable.outgoing.get((receiver.node, name))
+            if sent is None:
+                continue
+            got = receiver.store.durable.incoming.get((sender.store.durable.store, name))
+            cursor = got.cursor if got else 0
+            sim.checked("I1")
+            if cursor < sent.last and not self._excused(sender, receiver):
+                sim.violate("I1", f"{receiver.name} has {cursor} of {sent.last} of {name!r} from {sender.name}")
+        sim.checked("I10")
+        if not self.tampered:
+            for node in self.nodes.values():
+                if node.forks:
+                    sim.violate("I10", f"{node.name} reports a fork that never was: {node.reports[-1][1]}")
+        sim.checked("I21")
+        stuck = [line for line in self._missing_lines() if "drain" in line]
+        if stuck:
+            sim.violate("I21", "; ".join(stuck[:5]))
+        self.stranger.judge()
+
+    def _check_memory(self, name: str) -> None:
+        """I17, on every 16th step."""
+        if self.sim.steps % 16 or name not in self.nodes:
+            return
+        machine = self.nodes[name].machine
+        if machine is None:
+            return
+        self.sim.checked("I17")
+        slack = MAX_MESSAGE_BYTES + 2 * RUN_BYTES
+        for outgoing in machine.durable.sender.channels.values():
+            if outgoing.held_bytes > 3 * FLIGHT_BYTES + slack:
+                self.sim.violate("I17", f"{name}: {outgoing.held_bytes} bytes of {outgoing.name!r} to {outgoing.to} held")
+        for incoming in machine.durable.receiver.channels.values():
+            if incoming.staged_bytes > FLIGHT_BYTES + slack:
+                self.sim.violate("I17", f"{name}: {incoming.staged_bytes} bytes of {incoming.name!r} staged")
+        for peer in self.nodes[name].peers:
+            session = machine.endpoint.session_with(peer)
+            for channel in session.channels() if session is not None else ():
+                if channel.pending_bytes > QUEUE_BYTES + 4 * FLIGHT_BYTES:
+                    self.sim.violate("I17", f"{name}: {channel.pending_bytes} bytes queued on {channel.name!r} to {peer}")

@@ -1,0 +1,411 @@
+"""A node of the messages campaign: endpoint and durable machines in one process, its store, and an application on top.
+
+The application sends durable messages in transactions, answers some inside the transaction that handles them, sends session
+messages and datagrams, fails on some messages and is killed by others; and it checks what it is handed (I13 to I16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from struct import Struct
+
+import attrs
+
+from ha_core.config import LAN
+from ha_core.ids import ChannelName, LinkName, NodeId, SessionId, StoreId
+from ha_core.machines import messages as m
+from ha_core.machines.contract import Effect, Event
+from ha_core.machines.durable import REPORTS_CHANNEL, RUNS_CHANNEL, DurableMachine
+from ha_core.machines.durable_events import (
+    Acknowledged,
+    BatchDone,
+    ChannelForked,
+    HandlerClosed,
+    HandlerOpened,
+    LoadOutbox,
+    OutboxLoaded,
+    OutboxRun,
+    RunBatch,
+    RunsCommitted,
+)
+from ha_core.machines.endpoint import EndpointMachine
+from ha_core.testing.campaigns.messages_store import Count, Forget, Fork, Operation, Oracle, SimStore, Step
+from ha_core.testing.simulator import MILLISECOND, SECOND, SimClock, SimConnections, SimProcess, Simulation
+
+CLUSTER = "campaign"
+KEY = bytes(range(32))
+CHANNELS = (ChannelName("orders"), ChannelName("bulk"))
+REPLIES = ChannelName("replies")
+SESSION_CHANNEL = ChannelName("talk")
+TOPIC = ChannelName("beat")
+_TAG = Struct(">QQ")
+_DURABLE = frozenset((RUNS_CHANNEL, REPORTS_CHANNEL))
+
+
+class MessagesMachine:
+    """Endpoint and durable machine composed: what one wants of the other stays inside."""
+
+    def __init__(self, endpoint: EndpointMachine, durable: DurableMachine) -> None:
+        self.endpoint = endpoint
+        self.durable = durable
+        self._effects: list[Effect] = []
+
+    def receive(self, events: Sequence[Event], now_ns: int) -> None:
+        to_durable = [event for event in events if isinstance(event, _DURABLE_EVENTS)]
+        to_endpoint = [event for event in events if not isinstance(event, _DURABLE_EVENTS)]
+        if to_endpoint:
+            self.endpoint.receive(to_endpoint, now_ns)
+        if to_durable:
+            self.durable.receive(to_durable, now_ns)
+        self._settle(now_ns)
+
+    def handle_timer(self, now_ns: int) -> None:
+        for machine in (self.endpoint, self.durable):
+            timer = machine.next_timer()
+            if timer is not None and timer <= now_ns:
+                machine.handle_timer(now_ns)
+        self._settle(now_ns)
+
+    def next_timer(self) -> int | None:
+        timers = [timer for timer in (self.endpoint.next_timer(), self.durable.next_timer()) if timer is not None]
+        return min(timers, default=None)
+
+    def take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def persisted(self, number: int, now_ns: int) -> None:
+        raise AssertionError("neither machine persists by itself")
+
+    def persist_failed(self, number: int, error: str, now_ns: int) -> None:
+        raise AssertionError("neither machine persists by itself")
+
+    def check(self) -> None:
+        self.endpoint.check()
+        self.durable.check()
+
+    def _settle(self, now_ns: int) -> None:
+        while True:
+            up: list[Event | Effect] = []
+            for effect in self.endpoint.take_effects():
+                if isinstance(effect, m.DeliverRun) and effect.channel in _DURABLE:
+                    up.append(effect)
+                else:
+                    if isinstance(effect, m.SessionUp | m.SessionDown):
+                        up.append(effect)
+                    self._effects.append(effect)
+            if up:
+                self.durable.receive(up, now_ns)
+            down: list[Event] = []
+            for item in self.durable.take_effects():
+                if isinstance(item, m.SendRun | m.Consumed):
+                    down.append(item)
+                else:
+                    assert isinstance(item, Effect)
+                    self._effects.append(item)
+            if not down:
+                return
+            self.endpoint.receive(down, now_ns)
+
+
+_DURABLE_EVENTS = (RunsCommitted, OutboxLoaded, HandlerOpened, HandlerClosed, BatchDone)
+
+
+@attrs.define
+class _Heard:
+    """What a process has heard of one peer in the present session."""
+
+    session: SessionId
+    next_seq: int = 1
+    last: int = 0
+
+
+class MessagesNode:
+    """One process with its store; ``handler_fails`` decides by body and try whether a handler raises."""
+
+    def __init__(
+        self,
+        sim: Simulation,
+        name: str,
+        node: NodeId,
+        addresses: Mapping[LinkName, str],
+        connections: SimConnections,
+        oracle: Oracle,
+        *,
+        rate_ppm: int = 0,
+    ) -> None:
+        self.sim = sim
+        self.name = name
+        self.node = node
+        self.peers: dict[NodeId, Mapping[LinkName, str]] = {}
+        self.addresses = addresses
+        self.oracle = oracle
+        self.store = SimStore(sim, name, lambda image, operation: oracle.observe(name, node, image, operation))
+        self.rng = sim.stream(f"application/{name}")
+        self.sessions: dict[NodeId, SessionId] = {}
+        self.reports: list[tuple[NodeId, str]] = []
+        """(peer, text): forks and refusals that an administrator would hear of."""
+        self.forks = 0
+        self.stalled = False
+        """The application takes nothing from its session channels."""
+        self._heard: dict[NodeId, _Heard] = {}
+        self._talked: dict[NodeId, int] = {}
+        self._beats: dict[NodeId, int] = {}
+        self._newest_talk: dict[tuple[NodeId, str], tuple[int, int]] = {}
+        self._newest_beat: dict[tuple[NodeId, str], tuple[int, int]] = {}
+        self._unconsumed: list[m.Consumed] = []
+        self._failures: dict[tuple[StoreId, ChannelName, int], int] = {}
+        self.process = SimProcess(
+            sim, name, self._build, clock=SimClock(sim, start_ns=self.rng.randrange(100) * SECOND, rate_ppm=rate_ppm),
+            start=False,
+        )  # fmt: skip
+        self.process.observe(self)
+        connections.attach(self.process, addresses)
+        self._listen()
+
+    # -- life --
+
+    def _build(self, process: SimProcess) -> MessagesMachine:
+        image, unclean = self.store.open()
+        self.sessions.clear()
+        self._heard.clear()
+        self._talked.clear()
+        self._beats.clear()
+        self._unconsumed.clear()
+        for (store, name), cursor in image.effects.items():
+            self.sim.checked("I7")
+            state = image.incoming.get((store, name))
+            if state is None or state.cursor != cursor:
+                self.sim.violate("I7", f"{self.name}: effects of {name!r} up to {cursor}, but the cursor is {state}")
+        endpoint = EndpointMachine(
+            node=self.node, cluster=CLUSTER, key=KEY, store=image.store, boot=image.boot, boots_digest=image.boots_digest,
+            links=self.addresses, profile=LAN, rng=process.rng,
+        )  # fmt: skip
+        durable = DurableMachine(
+            outgoing=list(image.outgoing.values()), incoming=list(image.incoming.values()), unclean=unclean, max_attempts=3
+        )
+        self.sim.after(0, self._begin, process.lives)
+        return MessagesMachine(endpoint, durable)
+
+    def _begin(self, life: int) -> None:
+        if self._lives(life):
+            self.process.post(*(m.SetPeer(peer, addresses) for peer, addresses in self.peers.items()))
+            self.process.post(*(HandlerOpened(name, self.rng.choice((1, 7, 100))) for name in (*CHANNELS, REPLIES)))
+
+    def _lives(self, life: int) -> bool:
+        return self.process.alive and self.process.lives == life
+
+    def process_up(self, process: SimProcess) -> None:
+        pass
+
+    def process_down(self, process: SimProcess, *, silent: bool) -> None:
+        self.store.device.crash()
+
+    def fail_stop(self, error: str) -> None:
+        """The store failed, or a handler took the process with it: the node ends and is started again."""
+        self.sim.trace("fail-stop", self.name, error)
+        self.process.end()
+        self.sim.after(self.rng.randrange(50, 500) * MILLISECOND, self.process.start)
+
+    @property
+    def machine(self) -> MessagesMachine | None:
+        machine = self.process.machine
+        assert machine is None or isinstance(machine, MessagesMachine)
+        return machine
+
+    # -- effects --
+
+    def _listen(self) -> None:
+        on = self.process.on
+        on(LoadOutbox, self._load)
+        on(Acknowledged, self._acknowledged)
+        on(RunBatch, self._run_batch)
+        on(ChannelForked, self._forked)
+        on(m.SessionUp, self._session_up)
+        on(m.SessionDown, self._session_down)
+        on(m.DeliverRun, self._deliver)
+        on(m.DeliverDatagram, self._deliver_datagram)
+        on(m.PeerRefused, self._refused)
+        on(m.RoomChanged, lambda effect: None)
+        on(m.PathChanged, lambda effect: None)
+        on(m.PeerReachable, lambda effect: None)
+
+    def _after(self, longest_ns: int, call: Callable[..., None], *args: object) -> None:
+        """Call later, if this process still lives."""
+        life = self.process.lives
+
+        def run() -> None:
+            if self._lives(life):
+                call(*args)
+
+        self.sim.after(20_000 + int(self.rng.random() * longest_ns), run)
+
+    def _commit(self, operations: Sequence[Operation], *events: Event) -> None:
+        """Commit, and post ``events`` once that is durable."""
+        life = self.process.lives
+
+        def done(error: str | None) -> None:
+            if self._lives(life):
+                if error is not None:
+                    self.fail_stop(error)
+                else:
+                    self.process.post(*events)
+
+        self.store.commit(operations, done)
+
+    def _load(self, effect: LoadOutbox) -> None:
+        def load() -> None:
+            rows = self.store.load(effect.to, effect.name, effect.start, effect.byte_count)
+            self.process.post(OutboxLoaded(effect.to, effect.name, rows))
+
+        self._after(MILLISECOND, load)
+
+    def _acknowledged(self, effect: Acknowledged) -> None:
+        self._commit([Forget(effect.to, effect.name, effect.cursor, effect.digest)])
+
+    def _forked(self, effect: ChannelForked) -> None:
+        self.forks += 1
+        self.sim.trace("fork", self.name, effect.peer, effect.name, effect.text)
+        self.reports.append((effect.peer, effect.text))
+        if effect.outgoing:
+            self._commit([Fork(effect.peer, effect.name, effect.text)])
+
+    def _refused(self, effect: m.PeerRefused) -> None:
+        self.sim.trace("refused", self.name, effect.peer, effect.code, effect.text)
+        self.reports.append((NodeId(effect.peer), f"{effect.code}: {effect.text}"))
+
+    def _run_batch(self, effect: RunBatch) -> None:
+        if effect.attempt is None:
+            self._after(2 * MILLISECOND, self._handle, effect)
+            return
+        life = self.process.lives
+
+        def counted(error: str | None) -> None:
+            if self._lives(life):
+                if error is not None:
+                    self.fail_stop(error)
+                else:
+                    self._after(2 * MILLISECOND, self._handle, effect)
+
+        self.store.commit([Count(effect.peer, effect.store, effect.name, effect.attempt)], counted)
+
+    # -- the application's handlers --
+
+    def _handle(self, effect: RunBatch) -> None:
+        """Handle a batch in one transaction: the effects, the cursor, the answers."""
+        if effect.dead_letter:
+            step = Step(effect.peer, effect.store, effect.name, effect.first, effect.bodies[:1], effect.digests[0], True)
+            self._commit([step], BatchDone(effect.store, effect.name, effect.first, effect.digests[0]))
+            return
+        handled, error = 0, ""
+        answers: list[bytes] = []
+        for number, body in enumerate(effect.bodies, effect.first):
+            if body.startswith(b"kill"):
+                self.sim.fault("handler-kill")
+                self.fail_stop("the handler ended the process")
+                return
+            if self._fails((effect.store, effect.name, number), body):
+                self.sim.fault("handler-error")
+                error = "the handler failed"
+                break
+            if body.startswith(b"ask"):
+                answers.append(b"answer to " + body)
+            handled += 1
+        state = self.store.current.incoming.get((effect.store, effect.name))
+        cursor, digest = effect.first - 1, state.digest if state is not None else bytes(16)
+        operations: list[Operation] = []
+        runs: list[OutboxRun] = []
+        if handled:
+            cursor, digest = effect.first + handled - 1, effect.digests[handled - 1]
+            operations.append(
+                Step(effect.peer, effect.store, effect.name, effect.first, effect.bodies[:handled], digest, False)
+            )
+        if answers:
+            send = self.store.send(effect.peer, REPLIES, answers)
+            operations.append(send)
+            runs.append(send.run)
+        done: list[Event] = [BatchDone(effect.store, effect.name, cursor, digest, error)]
+        self._commit(operations, *([RunsCommitted(runs)] if runs else []), *done)
+
+    def _fails(self, message: tuple[StoreId, ChannelName, int], body: bytes) -> bool:
+        if not body.startswith((b"fail", b"poison")):
+            return False
+        self._failures[message] = self._failures.get(message, 0) + 1
+        return body.startswith(b"poison") or self._failures[message] <= 1
+
+    # -- what the application sends --
+
+    def send_durable(self, to: NodeId, name: ChannelName, bodies: Sequence[bytes]) -> None:
+        send = self.store.send(to, name, bodies)
+        self._commit([send], RunsCommitted([send.run]))
+
+    def talk(self, to: NodeId, count: int, size: int) -> None:
+        """Send ``count`` session messages, if there is a session and its channel has room."""
+        machine = self.machine
+        if machine is None or to not in self.sessions or not machine.endpoint.has_room(to, SESSION_CHANNEL):
+            return
+        first = self._talked.get(to, 0) + 1
+        self._talked[to] = first + count - 1
+        tail = self.name.encode().ljust(max(size, 16), b".")
+        bodies = [_TAG.pack(self.process.lives, number) + tail for number in range(first, first + count)]
+        self.process.post(m.SendRun(to, SESSION_CHANNEL, bodies, redundant=self.rng.random() < 0.1))
+
+    def beat(self, to: NodeId) -> None:
+        number = self._beats[to] = self._beats.get(to, 0) + 1
+        body = _TAG.pack(self.process.lives, number) + self.name.encode()
+        self.process.post(m.SendDatagram(to, TOPIC, body))
+
+    # -- what the application is handed --
+
+    def _session_up(self, effect: m.SessionUp) -> None:
+        self.sim.checked("I28")  # every HELLO and WELCOME carries a key that nobody knows
+        self.sessions[effect.peer] = effect.session
+        self._heard[effect.peer] = _Heard(effect.session)
+
+    def _session_down(self, effect: m.SessionDown) -> None:
+        if self.sessions.get(effect.peer) == effect.session:
+            del self.sessions[effect.peer]
+            del self._heard[effect.peer]
+
+    def _deliver(self, effect: m.DeliverRun) -> None:
+        sim = self.sim
+        where = f"{self.name} from {effect.peer}"
+        heard = self._heard.get(effect.peer)
+        sim.checked("I15")
+        if heard is None:
+            sim.violate("I15", f"{where}: a session message without a session")
+            return
+        sim.checked("I13")
+        if effect.first_seq != heard.next_seq:
+            sim.violate("I13", f"{where}: seq {effect.first_seq} is delivered, expected {heard.next_seq}")
+        heard.next_seq = effect.first_seq + len(effect.bodies)
+        size = 0
+        for body in effect.bodies:
+            size += len(body)
+            life, number = _TAG.unpack_from(body)
+            sender = body[16:].rstrip(b".").decode()
+            if heard.last and number != heard.last + 1:
+                sim.violate("I13", f"{where}: message {number} after {heard.last}")
+            heard.last = number
+            newest = self._newest_talk.get((effect.peer, sender), (0, 0))
+            sim.checked("I14")
+            if (life, number) <= newest:
+                sim.violate("I14", f"{where}: message {(life, number)} again, {newest} was delivered")
+            self._newest_talk[effect.peer, sender] = (life, number)
+        self._unconsumed.append(m.Consumed(effect.peer, effect.channel, len(effect.bodies), size, heard.session))
+        self._after(5 * MILLISECOND, self.consume)
+
+    def consume(self) -> None:
+        """Take what was delivered, unless the application is stalled."""
+        if not self.stalled and self._unconsumed and self.process.alive:
+            taken, self._unconsumed = self._unconsumed, []
+            self.process.post(*taken)
+
+    def _deliver_datagram(self, effect: m.DeliverDatagram) -> None:
+        life, number = _TAG.unpack_from(effect.body)
+        sender = effect.body[16:].decode()
+        newest = self._newest_beat.get((effect.peer, sender), (0, 0))
+        self.sim.checked("I16")
+        if (life, number) <= newest:
+            self.sim.violate("I16", f"{self.name}: datagram {(life, number)} of {sender} after {newest}")
+        self._newest_beat[effect.peer, sender] = (life, number)
