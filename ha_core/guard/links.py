@@ -17,13 +17,14 @@ _PACKETS_A_TURN = 64
 
 class Links:
     def __init__(
-        self, run_dir: str, links: dict[str, str], codec: RenewalCodec, selector: selectors.BaseSelector,
-        receive: Callable[[RenewalAnswer], None], log: Callable[[str], None],
+        self, run_dir: str, links: dict[str, str], codec: RenewalCodec | Callable[[], RenewalCodec | None],
+        selector: selectors.BaseSelector, receive: Callable[[RenewalAnswer], None], log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """``receive`` is called with each authentic answer."""
+        """``receive`` is called with each authentic answer. ``codec``: or where to look for one, until the host has joined."""
         self._path = os.path.join(run_dir, FILE_NAME)
         self._links = links
-        self._codec = codec
+        self._codec: RenewalCodec | None = None if callable(codec) else codec
+        self._find_codec: Callable[[], RenewalCodec | None] = codec if callable(codec) else lambda: None
         self._selector = selector
         self._receive = receive
         self._log = log
@@ -36,6 +37,13 @@ class Links:
     def send(self, renewal: Renewal, hints: tuple[tuple[str, str], ...]) -> None:
         """One copy to every primary on every link that we share with it; a link that cannot send is left for the next time."""
         self._reload()
+        if self._codec is None:
+            try:
+                self._codec = self._find_codec()
+            except ValueError as exc:  # the key was written wrongly: that may be mended
+                self._complain(str(exc))
+            if self._codec is None:
+                return
         packet = self._codec.encode_renewal(renewal)
         for link in self._links:
             opened = self._sockets.get(link) or self._open(link)
@@ -84,6 +92,8 @@ class Links:
             except BlockingIOError:
                 return
             except OSError:
+                continue
+            if self._codec is None:
                 continue
             try:
                 answer = self._codec.decode_answer(packet)

@@ -69,7 +69,7 @@ class Guard:
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError, AnotherGuardError, OSError: one line each, nothing was started."""
         self._settings = settings
-        key = _read_key(settings.key_file)
+        codec = _codec(settings)
         os.makedirs(settings.run_dir, mode=0o700, exist_ok=True)
         os.makedirs(settings.log_dir, exist_ok=True)
         self._lock = _wait_for_lock(settings.run_dir)
@@ -91,7 +91,7 @@ class Guard:
             now_ns=now_ns(), fresh=fresh,
         )  # fmt: skip
         self._links = Links(
-            settings.run_dir, settings.links, RenewalCodec(settings.cluster, key), self._selector,
+            settings.run_dir, settings.links, codec or (lambda: _codec(settings)), self._selector,
             lambda answer: self._tell(Answered(answer)), self._log,
         )  # fmt: skip
         self._server = ControlServer(settings.run_dir, self._selector, self._request, self._rules.reports)
@@ -251,15 +251,19 @@ class Guard:
             pass
 
 
-def _read_key(path: str) -> bytes:
+def _codec(settings: Settings) -> RenewalCodec | None:
+    """None while there is no key: the host has joined no cluster yet."""
+    path = settings.key_file
     try:
         with open(path, "rb") as file:
             key = file.read(KEY_BYTES + 1)
+    except FileNotFoundError:
+        return None
     except OSError as exc:
         raise SettingsError(f"{path}: cannot read the cluster key: {exc.strerror}") from None
     if len(key) != KEY_BYTES:
         raise SettingsError(f"{path}: expected a cluster key of {KEY_BYTES} bytes")
-    return key
+    return RenewalCodec(settings.cluster, key)
 
 
 def _wait_for_lock(run_dir: str) -> int:
