@@ -33,6 +33,8 @@ WINDOW_BYTES = 2 << 20
 WINDOW_MESSAGES = 16384
 PEER_WINDOW_BYTES = 16 << 20
 """... and on all channels of one peer together (or the initial window of each, if that is more)."""
+COALESCE_BYTES = 8 << 10
+COALESCE_COUNT = 256
 _COMPACT = 1024
 
 
@@ -72,6 +74,9 @@ class SendChannel:
     used_messages: int = 0
     full: bool = False
     busy: bool = False
+    """It is in a queue of its session, ..."""
+    waiting: bool = False
+    """... namely of those that wait for the writer."""
 
     @property
     def pending_count(self) -> int:
@@ -79,6 +84,10 @@ class SendChannel:
 
     def has_room(self) -> bool:
         return self.pending_bytes < QUEUE_BYTES and len(self.pending) - self.start < QUEUE_COUNT
+
+    def is_small(self) -> bool:
+        """So little to send that it may wait while the writer is at work, and be sent with what comes meanwhile."""
+        return self.pending_bytes < COALESCE_BYTES and 0 < len(self.pending) - self.start < COALESCE_COUNT
 
     def drained(self) -> bool:
         """Room again, and not just barely."""

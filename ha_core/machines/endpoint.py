@@ -202,7 +202,10 @@ class EndpointMachine:
         if connection is not None:
             connection.unflushed -= event.byte_count
             if connection.path is not None:
-                self._lower.want(self._lower.peers[connection.path.key.peer])
+                peer = self._lower.peers[connection.path.key.peer]
+                if peer.session is not None:
+                    peer.session.flushed()
+                self._lower.want(peer)
 
     def _send_datagram(self, event: SendDatagram, now_ns: int) -> None:
         peer = self._lower.peers.get(event.to)

@@ -74,6 +74,8 @@ class Session:
     _by_name: dict[ChannelName, ReceiveChannel] = attrs.field(factory=dict)
     _busy: tuple[deque[SendChannel], ...] = attrs.field(factory=lambda: tuple(deque() for _ in Priority))
     _debts: list[int] = attrs.field(factory=lambda: [0] * len(Priority))
+    _waiting: list[SendChannel] = attrs.field(factory=list)
+    """They have a little to send, and wait for the next Flushed."""
     _full: dict[int, SendChannel] = attrs.field(factory=dict)
     _dirty: dict[int, ReceiveChannel] = attrs.field(factory=dict)
 
@@ -93,6 +95,8 @@ class Session:
         if not channel.full and not channel.has_room():
             channel.full = True
             self._full[channel.handle] = channel
+        if channel.waiting and not channel.is_small():
+            self.flushed()
         self._want(channel)
 
     def has_room(self, name: ChannelName) -> bool:
@@ -162,6 +166,7 @@ class Session:
     def _switch(self, connection: Connection, now_ns: int) -> None:
         self.active = connection
         self.hedge = None
+        self.flushed()
         for channel in self._by_handle:
             self._want(channel)
         self._tell_everything(connection, now_ns)
@@ -180,6 +185,7 @@ class Session:
         if not others:
             return
         self.hedge = min(others, key=_rank)
+        self.flushed()
         self._hedge_old = HEDGE_OLD_BYTES
         self._hedge_tops = {channel.handle: channel.top for channel in self._by_handle}
         self._tell_everything(self.hedge, now_ns)
@@ -291,6 +297,12 @@ class Session:
         while (priority := self._next(connection)) is not None:
             queue = self._busy[priority]
             channel = queue[0]
+            if connection.unflushed and self._may_wait(connection, channel):
+                # The writer is at work: what gathers until it is done goes out as one run (RFC 896, by flush, not by ack).
+                queue.popleft()
+                channel.waiting = True
+                self._waiting.append(channel)
+                continue
             size = self._send_next(connection, channel, extend=True)
             if size == 0:
                 queue.popleft()
@@ -303,6 +315,22 @@ class Session:
                 if lower > priority and self._busy[lower]:
                     self._debts[lower] = min(self._debts[lower] + size // share, 2 * wire.RUN_BYTES)
         return sent
+
+    def _may_wait(self, connection: Connection, channel: SendChannel) -> bool:
+        """Whether a little data may wait for the next Flushed: nothing urgent, no path in doubt, all older data sent."""
+        return (
+            channel.priority is not Priority.URGENT
+            and self.hedge is None
+            and channel.is_small()
+            and connection.cursors.get(channel.handle, 0) == channel.top
+        )
+
+    def flushed(self) -> None:
+        """A writer has less to write, or none of this may wait any longer."""
+        waiting, self._waiting = self._waiting, []
+        for channel in waiting:
+            channel.waiting = False
+            self._busy[channel.priority].append(channel)
 
     def _next(self, connection: Connection) -> Priority | None:
         """The priority whose turn it is, if its frames may be transmitted now."""
