@@ -236,8 +236,9 @@ class _Corrector:
             line.remove_word(at)
         self.changes.append(f"line {line.number}: {names} did not belong to {line.words[0]}, {entry.fqdn} has {right}")
         if not any(other.address and entry.fqdn.lower() in other.names for other in self.lines):
-            ending = "" if not self.lines or self.lines[-1].rest.endswith("\n") or self.appended else "\n"
-            self.appended += f"{ending}{right} {' '.join(entry.names)}\n"
+            ending = "\r\n" if self.lines[0].rest.endswith("\r\n") else "\n"
+            begin = "" if self.lines[-1].rest.endswith("\n") or self.appended else ending
+            self.appended += f"{begin}{right} {' '.join(entry.names)}{ending}"
 
     def _add_short(self, entry: Entry) -> None:
         short = entry.short.lower()
