@@ -66,7 +66,11 @@ async def _open(path: Path, max_page_count: int | None) -> AsyncIterator[RecordS
             incarnation = await file.connection.run(_incarnation, file.connection.database(), path)
         except sqlite3.Error as exc:
             raise storage_error(exc, path) from exc
-        yield SqliteRecordStore(file, incarnation)
+        store = SqliteRecordStore(file, incarnation)
+        try:
+            yield store
+        finally:
+            store.refuse("it is closed")
 
 
 def _incarnation(database: sqlite3.Connection, path: Path) -> bytes:
@@ -197,8 +201,12 @@ class SqliteRecordStore:
 
     async def aclose(self) -> None:
         """Refuse everything from now on; the file itself closes with the context that opened it."""
-        self._poison = self._poison or "it is closed"
+        self.refuse("it is closed")
         await self._connection.close()
+
+    def refuse(self, reason: str) -> None:
+        """Take no more writes."""
+        self._poison = self._poison or reason
 
     def _crc(self, number: int, data: bytes) -> int:
         return zlib.crc32(data, zlib.crc32(self.incarnation + number.to_bytes(8, "little")))
