@@ -61,6 +61,7 @@ from ha_core.machines.raft.types import (
     Checkpointed,
     ConfigurationChanged,
     Dropped,
+    Entry,
     Lane,
     PeerReady,
     PeerReset,
@@ -116,16 +117,21 @@ class DatabaseMachine:
         self._up: dict[NodeId, None] = {}
         self._known: dict[NodeId, None] = {}
         self._announced: tuple[NodeId | None, int] = (None, 0)
-        self._restored = False
         self._checkpoint_min_bytes = checkpoint_min_bytes
         self._checkpoint_bytes = 0
         self._log_bytes = 0
         self._bookmark_ns: int | None = None
         self._watch_retry_ns: int | None = None
         self._retry_ns = retry_ns
+        self._deferred: list[Entry] = []
+        self._deferred_ns: int | None = None
+        """When entries that nobody here waits for are applied: once the effects of the step that committed them are out."""
+        self._timer_ns: int | None = None
         self._refused_count = 0
         # What the store held is there before the first event: the checkpoint's state, the members.
         self._carry_out(self._raft.take_effects(), 0)
+        self._apply_deferred(0)
+        self._note_timer()
 
     # -- the contract --
 
@@ -160,6 +166,8 @@ class DatabaseMachine:
         self._settle(now_ns)
 
     def handle_timer(self, now_ns: int) -> None:
+        if self._deferred_ns is not None and now_ns >= self._deferred_ns:
+            self._apply_deferred(now_ns)
         for child in (self._client, self._server):
             timer = child.next_timer()
             if timer is not None and timer <= now_ns:
@@ -176,8 +184,13 @@ class DatabaseMachine:
         self._settle(now_ns)
 
     def next_timer(self) -> int | None:
+        return self._timer_ns
+
+    def _note_timer(self) -> None:
+        """Asked for several times a step, and changed only within one."""
         children = (self._raft.next_timer(), self._client.next_timer(), self._server.next_timer())
-        return min((time for time in (*children, self._bookmark_ns, self._watch_retry_ns) if time is not None), default=None)
+        own = (self._bookmark_ns, self._watch_retry_ns, self._deferred_ns)
+        self._timer_ns = min([time for time in (*children, *own) if time is not None], default=None)
 
     def take_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []
@@ -268,6 +281,7 @@ class DatabaseMachine:
         if self._client.effects:
             self._effects.extend(self._client.effects)
             self._client.effects = []
+        self._note_timer()
 
     def _route(self, now_ns: int) -> None:
         """The client's requests to the server here or to other nodes'."""
@@ -293,7 +307,6 @@ class DatabaseMachine:
                 self._effects.append(Send(SendRun(origin, DATABASE, encode_replies(replies), Priority.URGENT)))
 
     def _carry_out(self, effects: Sequence[Effect], now_ns: int) -> None:
-        applied = False
         runs: dict[tuple[NodeId, Lane], list[bytes]] = {}
         for effect in effects:
             match effect:
@@ -303,27 +316,27 @@ class DatabaseMachine:
                     elif to in self._up:
                         runs.setdefault((to, lane), []).append(body)
                 case Apply(entries):
-                    became_ready = self._server.apply(entries, now_ns)
-                    self._log_bytes += sum([len(entry.data) for entry in entries])
-                    applied = True
-                    if became_ready:
-                        self._effects.append(Leading(self._server.term, self._server.counted_from_ns))
+                    self._deferred.extend(entries)
+                    if self._server.leading:
+                        self._apply_deferred(now_ns)
+                    else:
+                        self._deferred_ns = now_ns + 1
                 case Appended():
                     self._server.appended(effect)
                 case Dropped():
                     self._server.dropped(effect, now_ns)
                 case ReadReady():
+                    self._apply_deferred(now_ns)
                     self._watches.opened(self._server.read_ready(effect))
                 case ReadFailed():
                     if self._server.read_failed(effect) and self._watch_retry_ns is None:
                         self._watch_retry_ns = now_ns + self._retry_ns
                 case RoleChanged():
+                    self._apply_deferred(now_ns)
                     self._role_changed(effect, now_ns)
                 case Restore(_, _, state):
-                    self.state.restore(state)
-                    self._checkpoint_bytes = len(state)
-                    self._log_bytes = 0
-                    self._restored = applied = True
+                    self._apply_deferred(now_ns)
+                    self._restore(state)
                 case ConfigurationChanged(configuration):
                     self._configured(configuration)
                     self._effects.append(effect)
@@ -332,14 +345,27 @@ class DatabaseMachine:
         for (to, lane), bodies in runs.items():
             channel, priority = (RAFT, Priority.URGENT) if lane is Lane.APPEND else (RAFT_SNAPSHOT, Priority.BACKGROUND)
             self._effects.append(Send(SendRun(to, channel, bodies, priority)))
-        if applied:
-            self._after_apply()
+
+    def _apply_deferred(self, now_ns: int) -> None:
+        self._deferred_ns = None
+        if not self._deferred:
+            return
+        entries, self._deferred = self._deferred, []
+        if self._server.apply(entries, now_ns):
+            self._effects.append(Leading(self._server.term, self._server.counted_from_ns))
+        self._log_bytes += sum([len(entry.data) for entry in entries])
+        self._after_apply()
+
+    def _restore(self, state: bytes) -> None:
+        self.state.restore(state)
+        self._checkpoint_bytes = len(state)
+        self._log_bytes = 0
+        self._effects.append(Applied(self.state.index, self.state.revision, (), True))
 
     def _after_apply(self) -> None:
         state = self.state
         changes = state.take_changes()
-        self._effects.append(Applied(state.index, state.revision, changes, self._restored))
-        self._restored = False
+        self._effects.append(Applied(state.index, state.revision, changes))
         if self._log_bytes >= max(self._checkpoint_min_bytes, CHECKPOINT_FACTOR * self._checkpoint_bytes):
             snapshot = state.snapshot()
             self._checkpoint_bytes = len(snapshot)

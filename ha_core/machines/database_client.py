@@ -12,7 +12,6 @@ Rules of this file:
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -60,6 +59,7 @@ from ha_core.machines.keyvalue.model import (
     Get,
     Grant,
     OpenSession,
+    Outcome,
     Refusal,
     Refused,
     RequestId,
@@ -108,7 +108,8 @@ class DatabaseClient:
         self._up: dict[NodeId, None] = {node: None} if replica else {}
         self._pending: dict[int, _Pending] = {}
         self._next = 0
-        self._deadlines: list[tuple[int, int]] = []
+        self._deadline_at: int | None = None
+        """No pending request has an earlier deadline."""
         self._waiting: dict[int, None] = {}
         """Numbers that no replica has: they go out with the next chance, at ``_retry_at`` at the latest."""
         self._retry_at: int | None = None
@@ -138,8 +139,7 @@ class DatabaseClient:
                 self.effects.append(DatabaseReply(event.request, Refused(Refusal.BAD, problem)))
                 return
             pending = _Pending(event.request, None, deadline_ns, True, operation, event.identity)
-            self._pending[number] = pending
-            heapq.heappush(self._deadlines, (deadline_ns, number))
+            self._add(number, pending)
             self._start_write(number, pending, now_ns)
             return
         if isinstance(operation, Confirm) and not self._replica:
@@ -147,9 +147,13 @@ class DatabaseClient:
             return
         to_leader = not isinstance(operation, Get | Range)
         pending = _Pending(event.request, operation, deadline_ns, to_leader)
-        self._pending[number] = pending
-        heapq.heappush(self._deadlines, (deadline_ns, number))
+        self._add(number, pending)
         self._send(number, pending, now_ns)
+
+    def _add(self, number: int, pending: _Pending) -> None:
+        self._pending[number] = pending
+        if self._deadline_at is None or pending.deadline_ns < self._deadline_at:
+            self._deadline_at = pending.deadline_ns
 
     def _start_write(self, number: int, pending: _Pending, now_ns: int) -> None:
         identity = pending.identity
@@ -178,8 +182,7 @@ class DatabaseClient:
         command = Command(0, 0, 0, OpenSession())
         self._next += 1
         pending = _Pending(None, WriteRequest(command, encode_command(command)), now_ns + SESSION_TIMEOUT_NS, True)
-        self._pending[self._next] = pending
-        heapq.heappush(self._deadlines, (pending.deadline_ns, self._next))
+        self._add(self._next, pending)
         self._send(self._next, pending, now_ns)
 
     # -- where to --
@@ -266,6 +269,9 @@ class DatabaseClient:
     def replied(self, source: NodeId, number: int, outcome: DatabaseOutcome, now_ns: int) -> None:
         pending = self._pending.get(number)
         if pending is None:
+            return
+        if type(outcome) is Outcome:
+            self._finish(number, pending, outcome)
             return
         if isinstance(outcome, Refused):
             if outcome.code is Refusal.NOT_LEADER and not isinstance(pending.operation, Confirm):
@@ -355,20 +361,16 @@ class DatabaseClient:
     # -- time --
 
     def next_timer(self) -> int | None:
-        times = [time for time in (self._retry_at, self._resend_at) if time is not None]
-        while self._deadlines and self._deadlines[0][1] not in self._pending:
-            heapq.heappop(self._deadlines)
-        if self._deadlines:
-            times.append(self._deadlines[0][0])
-        return min(times, default=None)
+        return min([time for time in (self._retry_at, self._resend_at, self._deadline_at) if time is not None], default=None)
 
     def handle_timer(self, now_ns: int) -> None:
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][0] <= now_ns:
-            _, number = heapq.heappop(deadlines)
-            pending = self._pending.get(number)
-            if pending is not None:
-                self._expire(number, pending, now_ns)
+        if self._deadline_at is not None and now_ns >= self._deadline_at:
+            expired = [number for number, pending in self._pending.items() if pending.deadline_ns <= now_ns]
+            self._deadline_at = None
+            for number in expired:
+                self._expire(number, self._pending[number], now_ns)
+            deadlines = [pending.deadline_ns for pending in self._pending.values()]
+            self._deadline_at = min(deadlines, default=None)
         if self._retry_at is not None and now_ns >= self._retry_at:
             self._flush(now_ns)
         if self._resend_at is not None and now_ns >= self._resend_at:

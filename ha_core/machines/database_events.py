@@ -25,7 +25,15 @@ from ha_core.machines.keyvalue.model import (
     RevisionEvents,
     Revoke,
 )
-from ha_core.machines.messages import Consumed, SendDatagram, SendRun
+from ha_core.machines.messages import (
+    Consumed,
+    DeliverDatagram,
+    DeliverRun,
+    SendDatagram,
+    SendRun,
+    SessionDown,
+    SessionUp,
+)
 from ha_core.machines.raft.types import Change as MemberChange
 
 DATABASE = ChannelName("database")
@@ -248,3 +256,17 @@ class Leading(Effect):
 
     term: int
     counted_from_ns: int
+
+
+def from_endpoint(effect: Effect) -> Event | None:
+    """The database's event for an effect of the endpoint; None if it does not concern the database."""
+    match effect:
+        case DeliverRun(peer=peer, channel=channel, bodies=bodies):
+            return Arrived(peer, channel, bodies) if channel in CHANNELS else None
+        case DeliverDatagram(peer=peer, topic=topic, body=body):
+            return DatagramArrived(peer, body) if topic == RAFT else None
+        case SessionUp(peer=peer):
+            return PeerUp(peer)
+        case SessionDown(peer=peer):
+            return PeerDown(peer)
+    return None

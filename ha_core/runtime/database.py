@@ -160,7 +160,11 @@ class Database:
 
     async def put(self, key: bytes, value: bytes, *, lease: Lease | None = None) -> Revision:
         """Raises LeaseLostError (the lease is over), StorageFullError, OutcomeUnknownError."""
-        return (await self.commit(Change(then=(Put(key, value, 0 if lease is None else lease.token),)))).revision
+        change = Change((), (Put(key, value, 0 if lease is None else lease.token),), ())
+        outcome = await self._port.submit(change, timeout_s=TIMEOUT_S)
+        if type(outcome) is not Outcome:
+            outcome = _outcome_of(outcome)
+        return outcome.revision
 
     async def delete(self, key: bytes) -> Revision:
         return (await self.commit(Change(then=(Delete(key),)))).revision
@@ -178,10 +182,7 @@ class Database:
             SessionExpiredError: what became of ``request`` is no longer known.
             LocalProtocolError: the change breaks a rule, or writes reserved keys.
         """
-        outcome = await self._submit(change, timeout_s=timeout_s, identity=request)
-        if not isinstance(outcome, Outcome):
-            raise InvariantError(f"a change was answered by {outcome!r}")
-        return outcome
+        return _outcome_of(await self._port.submit(change, timeout_s=timeout_s, identity=request))
 
     async def _submit(
         self, operation: Operation, *, timeout_s: float = TIMEOUT_S, identity: RequestId | None = None
@@ -317,3 +318,11 @@ class Database:
         """Run ``body`` while this node holds the lock ``name``, which others wait for; raises LeaseLostError if it was lost."""
         async with self.lock(name) as token:
             return await body(token)
+
+
+def _outcome_of(outcome: DatabaseOutcome) -> Outcome:
+    if isinstance(outcome, Refused):
+        raise_refusal(outcome)
+    if not isinstance(outcome, Outcome):
+        raise InvariantError(f"a change was answered by {outcome!r}")
+    return outcome

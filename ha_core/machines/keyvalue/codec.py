@@ -110,6 +110,10 @@ def stands_alone(body: Body) -> bool:
 def encode_command(command: Command) -> bytes:
     """A command as it stands in an entry; the caller has checked it with ``problem_of``."""
     session, sequence, floor, body = command
+    if type(body) is Change and len(body.then) == 1 and not body.compare and not body.otherwise:
+        (step,) = body.then
+        if type(step) is Put:
+            return _pack((session, sequence, floor, 1, (), ((0, step.key, step.value, step.lease),), ()))
     return _pack((session, sequence, floor, _KINDS[type(body)], *_fields(body)))
 
 
