@@ -356,6 +356,8 @@ class Connections:
             path.established = connection.number
             path.redial_ns = None
             self._move(path, "open", "connected")
+        if not connection.dialled:
+            connection.put_handshake(handshake.READY)
         connection.put(wire.grease_frame(self.rng), eliciting=False)
         self._ping(connection, now_ns)
         session.join(connection, now_ns)

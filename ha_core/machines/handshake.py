@@ -1,4 +1,4 @@
-"""HELLO, WELCOME, CONFIRM: who are you, prove the cluster's key, and which session is this?
+"""HELLO, WELCOME, CONFIRM, READY: who are you, prove the cluster's key, and which session is this?
 
 ::
 
@@ -6,12 +6,14 @@
     HELLO   identity, versions, nonce  ->
                                        <-    WELCOME  identity, choice, nonce, proof(key, HELLO | WELCOME)
     CONFIRM proof(key, HELLO | WELCOME) ->
+                                       <-    READY    the session stands; frames that count follow at once
 
 Rules:
 
 * Both proofs cover both nonces and everything that was said, under different labels: none can be replayed or reflected.
 * The session id is a digest of both processes' identities and session epochs, so both ends compute the same one without
   asking, whoever dials, on every path. A process that gives a session up raises its epoch: the next session has another id.
+* The acceptor says READY only after it has judged the dialer (a clone, an earlier life); until then the dialer has no session.
 * Whoever finds a reason to refuse says it in REJECT with a code; the codes are ``REFUSALS``.
 """
 
@@ -38,7 +40,7 @@ PROOF_BYTES = 32
 MAX_HANDSHAKE_FRAMES = 8
 TIMEOUT_NS = 5_000_000_000
 
-Step = Literal["hello", "welcome", "confirm", "done"]
+Step = Literal["hello", "welcome", "confirm", "ready", "done"]
 
 REFUSALS: Mapping[str, str] = {
     "cluster": "it belongs to another cluster",
@@ -149,6 +151,9 @@ def claimed_node(frame: Frame) -> NodeId:
     return NodeId(wire.str_field(wire.decode_fields(frame.body), 4))
 
 
+READY = wire.encode_frame(FrameType.READY, wire.encode_fields({}))
+
+
 def encode_reject(code: str) -> bytes:
     return wire.encode_frame(FrameType.REJECT, wire.encode_fields({0: code, 1: VERSION_MIN, 2: VERSION_MAX}))
 
@@ -170,7 +175,7 @@ def raise_rejected(frame: Frame, peer: str, ours: NodeId) -> NoReturn:
 class Handshake:
     """One end of the exchange on one connection: frames in, frames out, until ``peer`` is known and proved.
 
-    ``step`` is what is awaited next: hello (acceptor), welcome (dialer), confirm (acceptor), done.
+    ``step`` is what is awaited next: hello and confirm (acceptor), welcome and ready (dialer), done.
     """
 
     ours: Hello
@@ -210,6 +215,9 @@ class Handshake:
             self._check(wire.bytes_field(wire.decode_fields(frame.body), 0, length=PROOF_BYTES), b"ha-core confirm")
             self.step = "done"
             return b""
+        if frame.kind == FrameType.READY and self.step == "ready":
+            self.step = "done"
+            return b""
         if frame.kind & wire.IGNORABLE:
             return b""
         raise self._refuse("protocol", f"sent frame type {frame.kind} where {self.step} was expected")
@@ -243,7 +251,7 @@ class Handshake:
         if echo != (VERSION_MIN, VERSION_MAX) or not VERSION_MIN <= version <= VERSION_MAX:
             raise self._refuse("version", f"chose version {version} from an offer {echo} that we did not make")
         self.version, self.features = version, wire.int_field(fields, 21) & FEATURES
-        self.step = "done"
+        self.step = "ready"
         proof = _proof(self.key, b"ha-core confirm", self._hello, self._welcome)
         return wire.encode_frame(FrameType.CONFIRM, wire.encode_fields({0: proof}))
 

@@ -54,6 +54,7 @@ class FrameType(enum.IntEnum):
     ACK = 7
     PING = 8
     PONG = 9
+    READY = 10
 
 
 _KNOWN = frozenset(int(kind) for kind in FrameType)

@@ -39,6 +39,8 @@ class Wire:
     ends: tuple[tuple[Process, int], tuple[Process, int]]
     held: tuple[list[Callable[[], None]], list[Callable[[], None]]] = attrs.field(factory=lambda: ([], []))
     open: bool = True
+    free_ns: list[int] = attrs.field(factory=lambda: [0, 0])
+    """Per direction, when what was written before has left."""
 
 
 @attrs.define(eq=False)
@@ -112,6 +114,8 @@ class World:
         self.cuts: set[tuple[str, str, str]] = set()
         self.wires: list[Wire] = []
         self.chunk = 0
+        self.byte_ns = 0
+        """How long a byte takes to be written: the inverse of the bandwidth."""
         self.datagram_tap: list[tuple[str, str, str, bytes]] = []
         self.dials = 0
 
@@ -270,9 +274,13 @@ class World:
                 if wire.open and number in target.wires:
                     target.post(m.Received(number, piece))
 
-            self.carry(wire, side, arrive)
+            if self.byte_ns:
+                wire.free_ns[side] = max(wire.free_ns[side], self.now_ns) + len(piece) * self.byte_ns
+                self.at(wire.free_ns[side], lambda arrive=arrive: self.carry(wire, side, arrive))  # type: ignore[misc]
+            else:
+                self.carry(wire, side, arrive)
         event = m.Flushed(effect.connection, len(effect.data))
-        self.at(self.now_ns, lambda: process.post(event))
+        self.at(wire.free_ns[side], lambda: process.post(event))
 
     def close(self, wire: Wire, side: int) -> None:
         """What was sent before the end still arrives."""
