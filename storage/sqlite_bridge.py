@@ -165,6 +165,8 @@ class Connection(aiosqlite.Connection):
         return answer
 
     async def close(self) -> None:
+        if not self._running:  # its thread is ending, and would never answer
+            return
         with trio.CancelScope(shield=True):
             await super().close()
 
