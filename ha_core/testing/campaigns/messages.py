@@ -34,7 +34,7 @@ from ha_core.testing.simulator import (
 )
 
 LINKS = ("a", "b")
-SAFETY_NS = 8 * SECOND
+SAFETY_NS = 6 * SECOND
 LIVENESS_NS = 15 * SECOND
 PATIENCE_NS = 60 * SECOND
 """The second liveness phase: long enough for what was held down to come back."""
@@ -84,6 +84,7 @@ class World:
         self.tampered: set[str] = set()
         """Names of nodes whose store was restored, cloned or lost."""
         self.burst = self.rng.random() < 0.15
+        self._burst_ns = self.rng.randrange(1, 5) * SECOND
         self.sent = 0
         for number in range(1, (4 if self.rng.random() < 0.25 else 3) + 1):
             self._add(f"n{number}", node_id(f"n{number}"), number)
@@ -124,12 +125,13 @@ class World:
             return
         peer = rng.choice(list(node.peers))
         size = rng.choice((10, 100, 1000))
+        burst = self.burst and self._burst_ns <= self.sim.now_ns < self._burst_ns + SECOND
         match rng.randrange(4):
             case 0 | 1:
-                count = rng.randrange(50, 150) if self.burst else rng.randrange(1, 8)
+                count = rng.randrange(50, 150) if burst else rng.randrange(1, 8)
                 node.send_durable(peer, rng.choice(CHANNELS), [self._body(node, rng, size) for _ in range(count)])
             case 2:
-                node.talk(peer, rng.randrange(100, 400) if self.burst else rng.randrange(1, 8), size)
+                node.talk(peer, rng.randrange(100, 400) if burst else rng.randrange(1, 8), size)
             case _:
                 for other in node.peers:
                     node.beat(other)
@@ -141,7 +143,7 @@ class World:
             kind = b"ask"
         elif draw < 0.12 and self.swarm["handler-error"]:
             kind = b"fail" if rng.random() < 0.8 else b"poison"
-        elif draw < 0.122 and self.swarm["handler-kill"] and not self.burst:
+        elif draw < 0.121 and self.swarm["handler-kill"] and not self.burst:
             kind = b"kill"
         return b"%s %s %d " % (kind, node.name.encode(), self.sent) + bytes(size)
 

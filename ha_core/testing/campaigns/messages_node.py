@@ -157,7 +157,7 @@ class MessagesNode:
         self._failures: dict[tuple[StoreId, ChannelName, int], int] = {}
         self.process = SimProcess(
             sim, name, self._build, clock=SimClock(sim, start_ns=self.rng.randrange(100) * SECOND, rate_ppm=rate_ppm),
-            start=False,
+            wake_ns=200_000, start=False,
         )  # fmt: skip
         self.process.observe(self)
         connections.attach(self.process, addresses)
@@ -167,6 +167,7 @@ class MessagesNode:
 
     def _build(self, process: SimProcess) -> MessagesMachine:
         image, unclean = self.store.open()
+        self.oracle.lives[self.name] = process.lives
         self.sessions.clear()
         self._heard.clear()
         self._talked.clear()

@@ -211,8 +211,12 @@ class Oracle:
         self._histories: dict[tuple[StoreId, NodeId, ChannelName], dict[bytes, _Known]] = {}
         self._reached: dict[tuple[StoreId, NodeId, ChannelName], set[bytes]] = {}
         """Prefix digests that were durable at the receiver at some time."""
-        self._owner: dict[tuple[str, StoreId], list[str]] = {}
-        """Per receiving process: the owners of a store for which it has advanced, in order."""
+        self.lives: dict[str, int] = {}
+        """The present life of each process."""
+        self._owner: dict[tuple[str, int, StoreId], list[str]] = {}
+        """Per life of a receiving process: the owners of a store for which it has advanced, in order. Within a life it serves
+        one owner after another, never the first again; a receiver that restarted no longer knows whom it served (what it
+        then takes still is one history, and each difference is reported)."""
         self.tampered: set[StoreId] = set()
         """Stores that were restored or cloned: their numbers may be used again."""
 
@@ -231,8 +235,9 @@ class Oracle:
         bodies = unpack_run(run.blob)
         for number, (body, digest) in enumerate(zip(bodies, chain(run.before, run.first, bodies), strict=True), run.first):
             self._sim.checked("I4")
-            if image.store not in self.tampered and any(other.number == number for other in known.values()):
-                self._sim.violate("I4", f"{process}: number {number} to {run.to} on {run.name!r} is used twice")
+            if image.store not in self.tampered and number != len(known) + 1:
+                text = f"{process}: number {number} to {run.to} on {run.name!r} after {len(known)} were committed"
+                self._sim.violate("I4", text)
             known.setdefault(digest, _Known(number, body, set())).owners.add(process)
 
     def _forgotten(self, process: str, image: Image, operation: Forget) -> None:
@@ -287,7 +292,7 @@ class Oracle:
         if store not in self.tampered:
             return
         self._sim.checked("I11")
-        owners = self._owner.setdefault((process, store), [])
+        owners = self._owner.setdefault((process, self.lives[process], store), [])
         if len(found.owners) == 1:
             owner = next(iter(found.owners))
             if not owners or owners[-1] != owner:

@@ -289,7 +289,7 @@ class SimConnections:
     def _flush_soon(self, end: _End) -> None:
         if not end.flush_due and end.in_kernel < _SEND_BUFFER:
             end.flush_due = True
-            self.sim.after(100 * MICROSECOND, self._flush, end)
+            self.sim.after(300 * MICROSECOND, self._flush, end)
 
     def _flush(self, end: _End) -> None:
         end.flush_due = False
