@@ -287,7 +287,8 @@ class Raft:
         if envelope.receiver not in (b"", core.replica):
             return Reason.OTHER_REPLICA
         committed = core.log.configuration_at(core.commit)
-        if committed is not None and envelope.sender in committed.retired:
+        leads_us = sender == core.leader and envelope.message.term == core.term  # a removed leader ends its term in order
+        if committed is not None and envelope.sender in committed.retired and not leads_us:
             return Reason.RETIRED  # only once committed: until then it may rightly be elected by those who lack the removal
         if isinstance(envelope.message, _ANSWERS):
             if configuration is None or not configuration.knows(sender, envelope.sender):
