@@ -55,7 +55,7 @@ from ha_core.guard.server import ControlServer
 from ha_core.guard.settings import Settings, SettingsError
 
 RESTART_FILE = "guard.json"
-_LOCK_WAIT_S = 5.0
+_LOCK_WAIT_S = 2.0
 _REPEAT_NS = 60_000_000_000
 
 

@@ -40,7 +40,7 @@ from ha_core.guard.control import (
 )
 from ha_core.guard.mapping import Field, RunMapping, open_run
 from ha_core.guard.primaries import write_primaries
-from ha_core.guard.processes import find_process, start_time
+from ha_core.guard.processes import Process, find_process, lock_holder, open_process, start_time
 from ha_core.guard.renewal import RenewalAnswer, RenewalCodec, RenewalError, Status
 
 T = TypeVar("T")
@@ -98,6 +98,27 @@ while True:
         time.sleep(0.6)
     time.sleep(0.03)
 """
+
+
+WATCHDOG_AGENT = """
+import logging, os, sys, trio
+from ha_core.config import FAST
+from ha_core.runtime.watchdog import Watchdog
+logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
+run_dir, name = os.environ["RUN_DIR"], sys.argv[1]
+with open(f"{run_dir}/{name}.lives", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+trio.run(Watchdog(name, run_dir, FAST).run)
+"""
+
+
+def usable_python(prefix: tuple[str, ...]) -> str | None:
+    """An interpreter that can be executed, and can read the guard, under ``prefix``."""
+    check = f'test -r "{GUARD}/__main__.py" && exec "$0" -I -S -c "import sys; assert sys.version_info >= (3, 11)"'
+    for python in (sys.executable, "/usr/bin/python3"):
+        if subprocess.run([*prefix, "sh", "-c", check, python], check=False, capture_output=True).returncode == 0:
+            return python
+    return None
 
 
 def now_ns() -> int:
@@ -169,7 +190,13 @@ class Leader:
 class World:
     """One host; use as a context manager: on leaving, everything that it started is gone."""
 
-    def __init__(self, *, links: int = 1, agents: tuple[str, ...] = (), **settings: object) -> None:
+    def __init__(
+        self, *, links: int = 1, agents: tuple[str, ...] = (), watchdogs: bool = False, prefix: tuple[str, ...] = (),
+        python: str = sys.executable,
+        **settings: object,
+    ) -> None:  # fmt: skip
+        """``agents``: stand-ins that beat, or with ``watchdogs`` the real watchdog under trio. ``prefix`` runs the guard, with
+        an interpreter that may be another one."""
         base = "/dev/shm" if os.path.isdir("/dev/shm") else None
         self.dir = tempfile.mkdtemp(prefix="guard-", dir=base)
         os.chmod(self.dir, 0o755)
@@ -179,14 +206,19 @@ class World:
         write_primaries(self.run_dir, {"aam@leader": self.leader.addresses})
         Path(f"{self.dir}/key").write_bytes(KEY)
         root = str(Path(GUARD).parent)
+        flags, script = ([], WATCHDOG_AGENT) if watchdogs else (["-I", "-S"], AGENT)
         self.settings: dict[str, object] = {
             "host": "h1", "cluster": "test", "run_dir": self.run_dir, "log_dir": f"{self.dir}/log",
             "key_file": f"{self.dir}/key", "links": {f"l{n}": f"127.0.0.{n + 1}:0" for n in range(links)},
             "renewal_s": 0.05, "guard_hang_s": 0.15, "agent_hang_s": 1.0,
-            "agents": {name: [sys.executable, "-I", "-S", "-c", AGENT, name, root] for name in agents},
+            "agents": {
+                name: [python, *flags, "-c", script, name, root]
+                for name in agents
+            },
             "environment": {"RUN_DIR": self.run_dir},
         } | settings  # fmt: skip
-        self.prefix: list[str] = []
+        self.prefix = prefix
+        self.python = python
         self.guards: list[subprocess.Popen[bytes]] = []
         self._next_id = 0
 
@@ -194,12 +226,16 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        for name in ("aam", "vpxa", "guard", "aam", "vpxa", "guard"):
-            found = find_process(self.run_dir, name)
-            if found is not None:
-                found.send(signal.SIGKILL)
-                found.wait(2)
-                found.close()
+        # Without its settings nobody can start another guard; then the guard goes first, since it would replace the agents.
+        Path(f"{self.run_dir}/guard.json").unlink(missing_ok=True)
+        for _ in range(3):
+            for name in ("guard", "aam", "vpxa"):
+                found = find_process(self.run_dir, name)
+                if found is not None:
+                    found.send(signal.SIGKILL)
+                    found.wait(2)
+                    found.close()
+            time.sleep(0.02)
         for guard in self.guards:
             guard.kill()
             guard.wait()
@@ -223,7 +259,7 @@ class World:
         path.write_text(json.dumps(self.settings))
         with open(f"{self.dir}/guard.log", "ab") as log:
             guard = subprocess.Popen(
-                [*self.prefix, sys.executable, "-I", "-S", GUARD, "--config", str(path)], stderr=log, start_new_session=True
+                [*self.prefix, self.python, "-I", "-S", GUARD, "--config", str(path)], stderr=log, start_new_session=True
             )
         self.guards.append(guard)
         return guard
@@ -272,13 +308,28 @@ class World:
 
     def start_vm(self, vm: str, token: int, *what: str, shutdown_s: float = 0.0, wait: bool = True) -> RunReport:
         lease = self.wait_for_lease().lease_token
-        argv = (sys.executable, "-I", "-S", "-c", WITNESS, f"{self.dir}/{vm}", *what)
+        argv = (self.python, "-I", "-S", "-c", WITNESS, f"{self.dir}/{vm}", *what)
         reply = self.ask(StartRequest(vm, lease, token, argv, {}, "/", shutdown_s))
         assert not reply.error, reply
         assert reply.run is not None
         if wait:
             self.wait_until(lambda: self.starts(vm) and self.run(vm))
         return reply.run
+
+    def lives(self, agent: str) -> list[int]:
+        """The pids under which an agent has lived."""
+        path = Path(f"{self.run_dir}/{agent}.lives")
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    def guard_pid(self) -> int:
+        return lock_holder(self.run_dir, "guard")
+
+    def init(self, vm: str) -> Process:
+        """The VM's init, by pidfd."""
+        mapping = self.mapping(vm)
+        found = open_process(mapping.get(Field.INIT_PID), mapping.get(Field.INIT_START))
+        assert found is not None
+        return found
 
     def end(self, *, stop_vms: bool) -> None:
         self.ask(EndRequest(stop_vms))
