@@ -34,6 +34,7 @@ async def test_a_vm_is_started_listed_and_stopped_idempotently() -> None:
         for _ in range(2):
             await driver.start(spec(world), lease=lease, token=FencingToken(1000))
         assert [(run.name, run.state) for run in await driver.list()] == [("a", "running")]
+        await trio.to_thread.run_sync(world.wait_until, lambda: world.starts("a"))
         for _ in range(2):
             await driver.stop(A, token=FencingToken(1000), shutdown_s=5)
 
