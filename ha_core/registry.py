@@ -24,7 +24,11 @@ _BUILT_IN: Mapping[str, Mapping[str, str]] = {
     },
     "hypervisors": {"process": "ha_core.hypervisors.process:ProcessHypervisor"},
     "fencing": {},
-    "roles": {"aam": "ha_core.roles.aam:run_aam", "vpxa": "ha_core.roles.vpxa:run_vpxa"},
+    "roles": {
+        "aam": "ha_core.roles.aam:run_aam",
+        "vpxa": "ha_core.roles.vpxa:run_vpxa",
+        "vmap": "ha_core.roles.vmap:open_vmap",
+    },
 }
 
 
@@ -45,4 +49,6 @@ def find(group: str, name: str) -> object:
         return getattr(importlib.import_module(module), attribute)
     for point in entry_points(group=f"ha_core.{group}", name=name):
         return point.load()
-    raise ConfigError(f"{group}: there is no {name!r}, only {', '.join(names(group)) or 'none at all'}", field=group, value=name)
+    raise ConfigError(
+        f"{group}: there is no {name!r}, only {', '.join(names(group)) or 'none at all'}", field=group, value=name
+    )

@@ -151,7 +151,7 @@ class Center:
         try:
             priority = Priority[str(params.pop("priority", "medium")).upper()]
             vm = Vm(
-                VmName(call.text("name")), options=tuple((str(k), plain(v)) for k, v in sorted(options.items())),
+                VmName(call.text("name")), options=tuple((str(k), _plain(v)) for k, v in sorted(options.items())),
                 priority=priority, **{key: value for key, value in params.items() if key != "name"}, **seconds,  # type: ignore[arg-type]
             )  # fmt: skip
         except (TypeError, ValueError, KeyError) as exc:
@@ -193,3 +193,8 @@ class Center:
 
 
 _TIMES = ("shutdown", "start")
+
+
+def _plain(value: object) -> Plain:
+    """A driver's option as records keep it: a table becomes pairs."""
+    return plain(sorted(value.items()) if isinstance(value, dict) else value)

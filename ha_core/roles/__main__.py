@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import trio
@@ -13,6 +14,7 @@ from ha_core.errors import HAError, leaves
 
 def main() -> None:
     name, path = sys.argv[1:]
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(name)s: %(message)s")
     run = registry.find("roles", name)
     assert callable(run)
     try:

@@ -11,6 +11,8 @@ from pathlib import Path
 import ha_core.guard
 from ha_core.config import Config
 from ha_core.errors import ConfigError
+from ha_core.guard.processes import boot_id
+from ha_core.guard.settings import KERNEL_BOOT_ID
 from ha_core.ids import host_of
 
 AAM_SOCKET = "aam.sock"
@@ -73,3 +75,8 @@ def guard_command(config: Config, config_path: Path, run_dir: Path) -> list[str]
     path.write_text(json.dumps(guard_settings(config, config_path, run_dir)))
     (folder,) = ha_core.guard.__path__
     return [sys.executable, "-I", "-S", folder, "--config", str(path)]
+
+
+def own_boot_id() -> bytes:
+    """The kernel's boot id; of a pretended host, that of its own file."""
+    return boot_id(os.environ.get("HA_CORE_BOOT_ID_FILE") or KERNEL_BOOT_ID)

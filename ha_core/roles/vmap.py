@@ -1,8 +1,8 @@
 """VMAP: the plug-in that translates between vpxa and aam.
 
-It is loaded into vpxa when the host joins a cluster, and unloaded when it leaves. vpxa -> VMAP -> aam -> committed and flushed ->
-VMAP -> vpxa: what vpxa reports is answered after the commit, never before (I50). What aam has applied comes the other way, as
-records. aam may be replaced at any moment: the stream of records then begins anew with the whole state.
+It is loaded into vpxa when the host joins a cluster, and unloaded when it leaves. vpxa -> VMAP -> aam -> committed and flushed
+-> VMAP -> vpxa: what vpxa reports is answered after the commit, never before (I50). What aam has applied comes the other way,
+as records. aam may be replaced at any moment: the stream of records then begins anew with the whole state.
 """
 
 from __future__ import annotations

@@ -1,0 +1,211 @@
+"""The aam process: the host machine over its store and its networks, and the Unix socket that VMAP speaks to.
+
+It decides nothing: what arrives becomes events of ``HostMachine``, what that asks for is carried out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from ha_core import registry
+from ha_core.config import Config
+from ha_core.errors import StorageError
+from ha_core.guard.primaries import write_primaries
+from ha_core.guard.renewal import RenewalCodec
+from ha_core.ids import HostName, LinkName, NodeId, ReplicaId, StoreId, host_of
+from ha_core.interfaces import DatagramTransport, RecordStore, RecordStoreEngine, StreamTransport
+from ha_core.machines.aam import AamMachine, AnswerGuard, GuardDatagram, Ping, PingAnswered, RecordsChanged, VerdictChanged
+from ha_core.machines.contract import Effect, Persist, PersistFailed, WriteCheckpoint
+from ha_core.machines.database import DatabaseMachine
+from ha_core.machines.endpoint import EndpointMachine
+from ha_core.machines.failover.procedures import PROCEDURES
+from ha_core.machines.failover.records import Host
+from ha_core.machines.host import HostMachine
+from ha_core.machines.messages import PeerRefused
+from ha_core.machines.raft.configuration import Configuration, Member
+from ha_core.machines.raft.types import ConfigurationChanged
+from ha_core.roles.aam_service import AamService
+from ha_core.roles.boots import next_boot
+from ha_core.roles.membership_file import MembershipFile
+from ha_core.roles.names_keeper import NamesKeeper, known_peers
+from ha_core.roles.rundir import AAM_SOCKET, make_directories, own_boot_id
+from ha_core.runtime.database_calls import DatabaseCalls
+from ha_core.runtime.driver import Driver
+from ha_core.runtime.endpoint import EndpointShell
+from ha_core.runtime.entropy import fresh_rng
+from ha_core.runtime.ping import ping
+from ha_core.runtime.records import RecordShell
+from ha_core.runtime.rpc import serve_unix
+from ha_core.runtime.watchdog import Watchdog
+from ha_core.security.key import load_key
+
+logger = logging.getLogger(__name__)
+
+JOIN_POLL_S = 0.1
+PING_S = 0.5
+
+
+async def run_aam(config: Config) -> None:
+    """Run until cancelled; before the host has joined a cluster only the watchdog runs."""
+    run_dir = make_directories(config)
+    watchdog = Watchdog("aam", run_dir, config.profile)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(watchdog.run)
+        while (membership := MembershipFile.load(config.data_dir)) is None:
+            await trio.sleep(JOIN_POLL_S)
+        async with _open_store(config) as store:
+            await Aam(config, run_dir, membership, store).run()
+
+
+@asynccontextmanager
+async def _open_store(config: Config) -> AsyncIterator[RecordStore]:
+    engine_class = registry.find("stores", config.store)
+    assert callable(engine_class)
+    engine: RecordStoreEngine = engine_class()
+    async with engine.open(str(config.data_dir / f"node.{'db' if config.store == 'sqlite' else config.store}"), {}) as store:
+        yield store
+
+
+class Aam:
+    """Everything that one aam has open."""
+
+    def __init__(self, config: Config, run_dir: Path, membership: MembershipFile, store: RecordStore) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._membership = membership
+        self._store = store
+        self._key = load_key(config.key_path)
+        self._host = host_of(config.node)
+        self._failure: str | None = None
+        self._failed = trio.Event()
+        self._nursery: trio.Nursery
+
+    async def run(self) -> None:
+        machine = await self._build()
+        self._machine = machine
+        self._driver = Driver(machine, self._perform)
+        self._calls = DatabaseCalls(self._driver.post)
+        self._records = RecordShell(self._store, self._driver.step)
+        stream, datagram = registry.find("transports", "tcp"), registry.find("transports", "udp")
+        assert callable(stream)
+        assert callable(datagram)
+        stream_transport: StreamTransport = stream()
+        datagram_transport: DatagramTransport = datagram()
+        self._endpoint = EndpointShell(
+            post=self._driver.post, step=self._driver.step, stream=stream_transport, datagram=datagram_transport,
+            bind={link: self._config.bind_address(link) for link in self._config.links}, on_guard_datagram=self._guard_datagram,
+        )  # fmt: skip
+        self._service = AamService(self._config, machine, self._calls)
+        self._names = NamesKeeper(self._config)
+        await self._endpoint.open()
+        async with trio.open_nursery() as self._nursery:
+            await self._nursery.start(self._endpoint.run)
+            self._nursery.start_soon(self._records.run)
+            self._nursery.start_soon(self._names.run)
+            await self._nursery.start(self._driver.run)
+            await self._nursery.start(_serve, self._run_dir / AAM_SOCKET, self._service)
+            await self._failed.wait()
+            raise StorageError(
+                f"{self._config.data_dir}: the store failed: {self._failure}; mend the disk, the aam starts anew"
+            )
+
+    async def _build(self) -> HostMachine:
+        config, membership = self._config, self._membership
+        recovered = await self._store.recover()
+        line = next_boot(config.data_dir, self._store.incarnation)
+        founder = config.node in membership.voters
+        bootstrap = None
+        if founder:
+            members = {config.node: Member(self._store.incarnation, dict(config.links))}
+            bootstrap = Configuration(incoming=(config.node,), members=members)
+        database = DatabaseMachine(
+            node=config.node, replica=ReplicaId(self._store.incarnation), profile=config.profile, rng=fresh_rng("database"),
+            recovered=recovered, bootstrap=bootstrap, procedures=PROCEDURES, cluster=membership.cluster,
+        )  # fmt: skip
+        aam = AamMachine(
+            node=config.node, host=self._own_record(), database=database, codec=RenewalCodec(membership.cluster, self._key),
+            profile=config.profile, joins=founder, isolation_addresses=config.isolation_addresses,
+        )  # fmt: skip
+        endpoint = EndpointMachine(
+            node=config.node, cluster=membership.cluster, key=self._key, store=StoreId(self._store.incarnation), boot=line.boot,
+            boots_digest=line.digest, links=config.links, profile=config.profile, rng=fresh_rng("endpoint"), accept_unknown=False,
+        )  # fmt: skip
+        return HostMachine(
+            node=config.node, replica=ReplicaId(self._store.incarnation), addresses=config.links, endpoint=endpoint, aam=aam,
+            primaries={**known_peers(config.data_dir), **membership.primaries},
+        )  # fmt: skip
+
+    def _own_record(self) -> Host:
+        config = self._config
+        return Host(
+            HostName(self._host), tuple(sorted(config.links.items())), config.cpu_mhz, config.memory_mib, boot=own_boot_id(),
+            management=config.management,
+        )  # fmt: skip
+
+    # -- effects --
+
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Persist | WriteCheckpoint):
+                self._records.perform(effect)
+            elif not self._endpoint.perform(effect) and not self._calls.handle(effect):
+                self._perform_rare(effect)
+
+    def _perform_rare(self, effect: Effect) -> None:
+        match effect:
+            case AnswerGuard(source, data):
+                assert isinstance(source, tuple)
+                self._endpoint.send_raw(source[0], source[1], data)
+            case RecordsChanged():
+                self._service.records_changed(effect)
+                self._names.follow(self._machine.aam.inventory)
+                self._follow_primaries()
+            case ConfigurationChanged():
+                self._follow_primaries()
+            case Ping(address):
+                self._nursery.start_soon(self._ping, address)
+            case VerdictChanged(verdict, reason):
+                self._service.verdict = verdict.value
+                logger.warning("this host is %s: %s", verdict.value, reason)
+            case PeerRefused(peer, code, text):
+                logger.warning("refused %s (%s): %s", peer, code, text)
+            case PersistFailed(_, error):
+                self._failure = error
+                self._failed.set()
+
+    def _guard_datagram(self, link: LinkName, remote: str, data: bytes) -> None:
+        self._driver.step(GuardDatagram((link, remote), data))
+
+    async def _ping(self, address: str) -> None:
+        if await ping(address, PING_S):
+            self._driver.post(PingAnswered(address))
+
+    def _follow_primaries(self) -> None:
+        """Keep what the guard and the next start read equal to the voters."""
+        configuration = self._machine.aam.database.configuration
+        if configuration is None:
+            return
+        hosts = self._machine.aam.inventory.hosts
+        primaries: dict[NodeId, dict[LinkName, str]] = {}
+        for node in configuration.voters:
+            known = hosts.get(host_of(node))
+            addresses = dict(known.addresses) if known is not None else dict(configuration.members[node].addresses)
+            primaries[node] = {LinkName(link): address for link, address in addresses.items()}
+        if primaries == self._service.primaries:
+            return
+        self._service.primaries = primaries
+        write_primaries(
+            str(self._run_dir),
+            {str(node): {str(link): one for link, one in links.items()} for node, links in primaries.items()},
+        )
+        self._membership = MembershipFile(self._membership.cluster, self._membership.voters, primaries)
+        self._nursery.start_soon(trio.to_thread.run_sync, self._membership.save, self._config.data_dir)
+
+
+async def _serve(path: Path, service: AamService, *, task_status: trio.TaskStatus[None]) -> None:
+    await serve_unix(path, service.handle, task_status=task_status)

@@ -1,0 +1,146 @@
+"""What the aam answers on its Unix socket: VMAP's calls, the stream of records, and its state."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import trio
+
+from ha_core.config import Config
+from ha_core.errors import RemoteProtocolError, TransportError
+from ha_core.ids import LinkName, NodeId
+from ha_core.machines.aam import RecordsChanged
+from ha_core.machines.database_events import Range
+from ha_core.machines.failover.records import PREFIX, plain
+from ha_core.machines.host import HostMachine
+from ha_core.machines.keyvalue.model import Call as ProcedureCall
+from ha_core.machines.keyvalue.model import Called, Page, Plain, Refused
+from ha_core.runtime.database_calls import DatabaseCalls, raise_refusal
+from ha_core.runtime.rpc import Call
+
+MAX_WATCHERS = 16
+MAX_BACKLOG = 10_000
+"""Record changes that a watcher may lag behind; then it is cut off and begins anew."""
+PAGE = 500
+
+
+class _Watcher:
+    def __init__(self) -> None:
+        self.queue: deque[RecordsChanged] = deque()
+        self.wake = trio.Event()
+
+
+class AamService:
+    """The handler of aam.sock; ``handle`` is what ``serve_unix`` calls."""
+
+    def __init__(self, config: Config, machine: HostMachine, calls: DatabaseCalls) -> None:
+        self._config = config
+        self._machine = machine
+        self._calls = calls
+        self._watchers: list[_Watcher] = []
+        self.primaries: Mapping[NodeId, Mapping[LinkName, str]] = {}
+        self.verdict = "connected"
+
+    async def handle(self, call: Call) -> object:
+        match call.method:
+            case "records.call":
+                return await self._call(call)
+            case "records.read":
+                return await self._read(call)
+            case "records.watch":
+                await self._watch(call)
+                return None
+            case "cluster.status":
+                return self._status()
+        raise RemoteProtocolError(f"the aam has no method {call.method[:40]!r}", code="method")
+
+    def records_changed(self, change: RecordsChanged) -> None:
+        """Hand a change to all watchers."""
+        for watcher in self._watchers:
+            watcher.queue.append(change)
+            watcher.wake.set()
+
+    async def _call(self, call: Call) -> object:
+        """Run a procedure; the answer comes after its commit (I50)."""
+        args = call.params.get("args")
+        if not isinstance(args, list):
+            raise RemoteProtocolError("records.call: args: expected a list", code="params")
+        outcome = await self._calls.submit(ProcedureCall(call.text("name"), cast(tuple[Plain, ...], plain(args))))
+        if isinstance(outcome, Refused):
+            raise_refusal(outcome)
+        assert isinstance(outcome, Called)
+        return outcome.value
+
+    async def _read(self, call: Call) -> list[tuple[bytes, bytes]]:
+        """All records under a prefix of ours, linearizably."""
+        prefix = call.params.get("prefix")
+        if not isinstance(prefix, bytes) or not prefix.startswith(PREFIX):
+            raise RemoteProtocolError("records.read: prefix: expected one of HA's tables", code="params")
+        found: list[tuple[bytes, bytes]] = []
+        at = 0
+        while True:
+            outcome = await self._calls.submit(Range(prefix, PAGE, found[-1][0] if found else b"", at))
+            if isinstance(outcome, Refused):
+                raise_refusal(outcome)
+            assert isinstance(outcome, Page)
+            found += [(record.key, record.value) for record in outcome.records]
+            at = outcome.revision
+            if not outcome.more:
+                return found
+
+    async def _watch(self, call: Call) -> None:
+        """What this replica has applied: everything first, then every change; never ends by itself."""
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise TransportError(f"records.watch: {MAX_WATCHERS} watchers already")
+        watcher = _Watcher()
+        records = [(record.key, record.value) for record in self._machine.aam.database.state.range(PREFIX)]
+        watcher.queue.append(RecordsChanged(self._machine.aam.inventory.applied_index, records, restored=True))
+        watcher.wake.set()
+        self._watchers.append(watcher)
+        try:
+            while True:
+                await watcher.wake.wait()
+                watcher.wake = trio.Event()
+                if len(watcher.queue) > MAX_BACKLOG:
+                    raise TransportError("records.watch: too far behind, begin anew")
+                while watcher.queue:
+                    change = watcher.queue.popleft()
+                    for item in _items(change):
+                        await call.send(item)
+        finally:
+            self._watchers.remove(watcher)
+
+    def _status(self) -> dict[str, object]:
+        aam = self._machine.aam
+        database = aam.database
+        configuration = database.configuration
+        return {
+            "cluster": self._config.cluster,
+            "node": self._config.node,
+            "leader": database.leader or "",
+            "term": database.term,
+            "voters": list(configuration.voters) if configuration else [],
+            "learners": list(configuration.learners) if configuration else [],
+            "primaries": {node: dict(links) for node, links in self.primaries.items()},
+            "applied": aam.inventory.applied_index,
+            "revision": database.state.revision,
+            "hash": database.state.state_hash().hex(),
+            "leases": {name: "revoked" if lease.revoked else "held" for name, lease in sorted(aam.inventory.leases.items())},
+            "verdict": self.verdict,
+            "coordinating": aam.coordinating,
+            "waiting": [[str(one.vm), one.reason] for one in aam.waiting],
+            "paths": [
+                {"peer": path.peer, "link": path.link, "state": state.value, "rtt_ms": round_trip_ns / 1e6}
+                for path, state, round_trip_ns in self._machine.endpoint.paths()
+            ],
+        }
+
+
+def _items(change: RecordsChanged) -> Sequence[tuple[int, bool, list[tuple[bytes, bytes | None]]]]:
+    """A change in pieces that fit a frame; only the first piece of a whole state says that it is one."""
+    pairs = list(change.changes)
+    size = 1000
+    pieces = [pairs[at : at + size] for at in range(0, len(pairs), size)] or [[]]
+    return [(change.index, change.restored and number == 0, piece) for number, piece in enumerate(pieces)]
