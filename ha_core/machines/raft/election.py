@@ -152,8 +152,8 @@ class Election:
         is_granted = (
             not self.is_sticky and request.term > core.term and core.log.is_covered_by(request.last_index, request.last_term)
         )
-        answer = VoteAnswer(core.term, True, request.attempt, is_granted, 0)
-        core.send(sender, answer, Lane.DATAGRAM, Wait.TERM, envelope.sender)
+        answer = VoteAnswer(core.term, True, request.attempt, is_granted, 0)  # promises nothing, so it waits for nothing
+        core.send(sender, answer, Lane.DATAGRAM, receiver=envelope.sender)
 
     def receive_request(self, sender: NodeId, envelope: Envelope, request: VoteRequest) -> None:
         """A request of our term or of an older one; a newer term has been entered before this is called."""

@@ -48,7 +48,7 @@ def accept_entries(log: Log, runs: tuple[bytes, ...], previous_index: int, commi
         if new == len(entries):
             continue
         if entries[new].index <= log.last_index:
-            invariant(entries[new].index > commit, "a committed entry is never truncated", index=entries[new].index)
+            invariant(entries[new].index > commit, "I35 a committed entry is never truncated", index=entries[new].index)
             log.truncate(entries[new].index)
         log.append(entries[new:], run if new == 0 else encode_run(entries[new:]))
     return verified

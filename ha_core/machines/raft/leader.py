@@ -325,8 +325,8 @@ class Leadership:
         core = self.core
         self.round += 1
         self.notice_ns = None
-        for node, progress in self.peers.items():
-            heartbeat = Heartbeat(core.term, self.round, min(progress.match, core.commit))
+        heartbeat = Heartbeat(core.term, self.round, core.commit)
+        for node in self.peers:
             core.send(node, heartbeat, Lane.DATAGRAM)
         if self.is_settled:  # R33: before, the commit index may be behind what an earlier leader acknowledged
             self.reads.begin(self.round)

@@ -140,7 +140,7 @@ class Log:
 
     def truncate(self, first: int) -> None:
         """Discard ``first`` and everything after it."""
-        invariant(first > self.snapshot.index, "what a snapshot holds is never truncated", first=first)
+        invariant(first > self.snapshot.index, "I35 what a snapshot holds is never truncated", first=first)
         if self._unwritten:
             # Entries that no record holds yet and that go at once: rare, so write the rest anew instead of cutting runs.
             kept = self.slice(self._last_written() + 1, first - 1)
@@ -219,6 +219,8 @@ class Log:
             invariant(self.base_term <= ends[0].term <= ends[1].term, "terms never fall")
         invariant(self._run_bytes == sum(map(len, self._runs)), "the size of the kept runs")
         if self._runs:
-            invariant(self.base_index < self._run_firsts[0] and self._run_lasts[-1] <= self.last_index, "kept runs lie in the log")
+            invariant(
+                self.base_index < self._run_firsts[0] and self._run_lasts[-1] <= self.last_index, "kept runs lie in the log"
+            )
         indexes = [index for index, _ in self._configurations]
         invariant(indexes == sorted(set(indexes)) and (not indexes or indexes[-1] <= self.last_index), "configurations")

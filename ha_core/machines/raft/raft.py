@@ -348,7 +348,7 @@ class Raft:
 
     def _hear_leader(self, leader: NodeId) -> None:
         core = self.core
-        invariant(core.role is not Role.LEADER, "two leaders in one term", term=core.term, other=leader)
+        invariant(core.role is not Role.LEADER, "I32 two leaders in one term", term=core.term, other=leader)
         core.leader_contact_ns = core.now_ns
         if core.leader != leader:
             core.role, core.leader = Role.FOLLOWER, leader

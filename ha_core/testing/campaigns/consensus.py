@@ -6,7 +6,8 @@ send. Nothing here is told what a replica intends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
 from zlib import crc32
 
 import attrs
@@ -66,6 +67,12 @@ class Seen:
     role: Role = Role.FOLLOWER
     configuration: Configuration | None = None
     """The committed one."""
+    newest: Configuration | None = None
+
+
+def _smallest_quorums(configuration: Configuration) -> Iterator[tuple[NodeId, ...]]:
+    voters = configuration.voters
+    return combinations(voters, len(voters) // 2 + 1)
 
 
 class ConsensusChecker:
@@ -79,6 +86,8 @@ class ConsensusChecker:
         """(index, term) -> (checksum of the entry, term of the entry before)."""
         self._committed: dict[int, tuple[int, int]] = {}
         """index -> (term, checksum)."""
+        self._configured = 0
+        """Index of the newest configuration known to be committed."""
         self.committed = 0
         """The largest index known to be committed, anywhere."""
         self._votes: dict[tuple[str, bytes, int], str] = {}
@@ -108,6 +117,9 @@ class ConsensusChecker:
         self._check_term(name, seen)
         if raft.core.commit > seen.commit:
             self._check_commit(name, seen)
+        if raft.core.log.configuration is not seen.newest:
+            seen.newest = raft.core.log.configuration
+            self._check_configurations(name, raft)
         self._check_rounds(raft)
 
     def _check_log(self, name: str, seen: Seen) -> None:
@@ -177,6 +189,32 @@ class ConsensusChecker:
                     "I42", f"the leader of term {new} counts leases from before a round that term {old} confirmed"
                 )
 
+    def _check_configurations(self, name: str, raft: Raft) -> None:
+        """I34 rests on this: quorums of any two configurations that may still decide something meet (R21, R22)."""
+        mine = raft.core.log.configuration
+        if mine is None or not self._may_decide(raft):
+            return
+        for other in self._seen:
+            raft_there = self._raft_of(other)
+            if raft_there is None or other == name or not self._may_decide(raft_there):
+                continue
+            theirs = raft_there.core.log.configuration
+            if theirs is not None and theirs is not mine:
+                self._sim.checked("I34")
+                for one in _smallest_quorums(mine):
+                    if theirs.has_quorum([node for node in theirs.voters if node not in one]):
+                        self._sim.violate("I34", f"a quorum of {name}'s configuration and one of {other}'s do not meet")
+                        return
+
+    def _may_decide(self, raft: Raft) -> bool:
+        """Its newest configuration is not older than the newest committed one, nor on a branch that has lost."""
+        log = raft.core.log
+        index = log.configuration_index
+        if index < self._configured:
+            return False
+        at = min(self.committed, log.last_index)
+        return at not in self._committed or log.term_at(at) in (None, self._committed[at][0])
+
     def _check_commit(self, name: str, seen: Seen) -> None:
         """I35: one entry per committed index. I36: a quorum had flushed it when it was first known to be committed."""
         core = seen.raft.core
@@ -190,6 +228,8 @@ class ConsensusChecker:
         if core.commit > self.committed:
             self._check_flushed(name, seen.raft)
             self.committed = core.commit
+        if log.configuration_index <= core.commit:
+            self._configured = max(self._configured, log.configuration_index)
         seen.commit = core.commit
 
     def _check_flushed(self, name: str, raft: Raft) -> None:
@@ -229,10 +269,22 @@ class ConsensusChecker:
     def sent_datagram(self, name: str, to: str, body: bytes) -> None:
         """I37: a vote that leaves is on the disk, and the only one of this incarnation in its term."""
         message = decode(body).message
-        if isinstance(message, VoteAnswer) and message.granted and not message.pre:
-            self._voted(name, message.term, to)
+        if isinstance(message, VoteAnswer) and message.granted:
+            if message.pre:
+                self._check_stickiness(name, to)
+            else:
+                self._voted(name, message.term, to)
         elif isinstance(message, VoteRequest) and not message.pre:
             self._voted(name, message.term, name)
+
+    def _check_stickiness(self, name: str, to: str) -> None:
+        """I38, as far as it rests on voters: who hears its leader helps nobody to depose it (R17)."""
+        raft = self._raft_of(name)
+        if raft is None or raft.core.leader is None or raft.core.leader_contact_ns is None:
+            return
+        self._sim.checked("I38")
+        if 0 < raft.core.now_ns - raft.core.leader_contact_ns < raft.core.timings.election_min_ns:
+            self._sim.violate("I38", f"{name} would vote for {to} though it has just heard its leader")
 
     def _voted(self, name: str, term: int, candidate: str) -> None:
         reader = self._readers[name]

@@ -144,7 +144,8 @@ class World:
         process.on(Apply, lambda effect: self._apply(replica, effect))
         process.on(Restore, lambda effect: self._restore(replica, effect))
         process.on(ReadReady, lambda effect: self.checker.read_ready(name, self._floors.pop(effect.request), effect.index))
-        for kind in (Appended, Dropped, ReadFailed, RoleChanged, ConfigurationChanged, MessageRefused):
+        process.on(RoleChanged, lambda effect: self._role_changed(replica, effect))
+        for kind in (Appended, Dropped, ReadFailed, ConfigurationChanged, MessageRefused):
             process.on(kind, _nothing)
         self.messages.attach(
             process,
@@ -239,6 +240,15 @@ class World:
         self.checker.state(replica.name, effect.index, replica.chain)
 
     # -- clients and administrator --
+
+    def _role_changed(self, replica: Replica, effect: RoleChanged) -> None:
+        """Some administrators do not wait until a leader has settled (R21), nor do some readers (R33)."""
+        raft = replica.raft
+        configuration = raft.core.log.configuration if raft is not None else None
+        if effect.role is Role.LEADER and configuration is not None and self.rng.random() < 0.5:
+            request = self._next_request()
+            self._floors[request] = self.checker.committed
+            replica.process.post(ReadIndex(request), ChangeConfiguration(0, self._any_change(configuration)))
 
     @property
     def leader(self) -> Replica | None:
