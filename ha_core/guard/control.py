@@ -187,15 +187,15 @@ def decode_request(line: bytes) -> tuple[int, Request]:
     op = data.get("op")
     if op == "start":
         argv = data.get("argv")
-        if not isinstance(argv, list) or not argv or not all(isinstance(item, str) and "\0" not in item for item in argv):
+        if not isinstance(argv, list) or not argv or not all(_is_text(item) for item in argv):
             raise ControlError("bad-request", "argv: expected a list of strings, not empty")
         env = data.get("env", {})
-        if not isinstance(env, dict) or not all(isinstance(value, str) and "\0" not in value for value in env.values()):
+        if not isinstance(env, dict) or not all(_is_text(item) for pair in env.items() for item in pair):
             raise ControlError("bad-request", "env: expected an object of strings")
-        if any(not key or "=" in key or "\0" in key for key in env):
+        if any(not key or "=" in key for key in env):
             raise ControlError("bad-request", "env: a name is empty or contains '='")
         workdir = data.get("workdir", "/")
-        if not isinstance(workdir, str) or not workdir or "\0" in workdir:
+        if not isinstance(workdir, str) or not workdir or not _is_text(workdir):
             raise ControlError("bad-request", "workdir: expected a path")
         return number, StartRequest(
             _name(data), _int(data, "lease", 1), _int(data, "token", 1), tuple(str(item) for item in argv),
@@ -312,9 +312,14 @@ def _int(data: dict[str, Json], key: str, minimum: int = 0) -> int:
 
 def _name(data: dict[str, Json]) -> str:
     value = data.get("vm")
-    if not isinstance(value, str) or not value or "\0" in value or len(value.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+    if not isinstance(value, str) or not value or not _is_text(value) or len(value.encode()) > MAX_NAME_BYTES:
         raise ControlError("bad-request", f"vm: expected a name of 1 to {MAX_NAME_BYTES} bytes")
     return value
+
+
+def _is_text(value: Json) -> bool:
+    """A string that the kernel takes: no NUL, and no half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _seconds(data: dict[str, Json]) -> float:

@@ -29,7 +29,7 @@ from ha_core.guard.control import (
 )
 from ha_core.guard.kernel_timer import now_ns
 from ha_core.guard.links import Links
-from ha_core.guard.processes import boot_id, lock_holder, open_lock, take_lock
+from ha_core.guard.processes import boot_id, lock_holder, open_lock, raise_descriptor_limit, take_lock
 from ha_core.guard.renewal import KEY_BYTES, RenewalCodec
 from ha_core.guard.rules import (
     NEVER,
@@ -72,6 +72,7 @@ class Guard:
         codec = _codec(settings)
         os.makedirs(settings.run_dir, mode=0o700, exist_ok=True)
         os.makedirs(settings.log_dir, exist_ok=True)
+        raise_descriptor_limit()
         self._lock = _wait_for_lock(settings.run_dir)
         self._noted: dict[str, int] = {}
         self._selector = selectors.DefaultSelector()

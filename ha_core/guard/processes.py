@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import select
 import signal
 import struct
@@ -81,12 +82,16 @@ def sample(pid: int) -> Sample | None:
 
 
 def open_process(pid: int, expected_start: int | None = None) -> Process | None:
-    """The process with this pid, if it lives and, when ``expected_start`` is given, is the one that started then."""
+    """The process with this pid, if it lives and, when ``expected_start`` is given, is the one that started then.
+
+    Raises:
+        OSError: it cannot be told (no descriptor is left, for example), which must never pass for dead.
+    """
     if pid <= 0:
         return None
     try:
         pidfd = os.pidfd_open(pid)
-    except (ProcessLookupError, OSError):
+    except ProcessLookupError:
         return None
     started = start_time(pid)
     if started == 0 or (expected_start is not None and started != expected_start):
@@ -146,8 +151,22 @@ def find_process(run_dir: str, process: str) -> Process | None:
     return found
 
 
-def reset_signals() -> None:
-    """In a new child: default actions, nothing blocked."""
+def raise_descriptor_limit() -> None:
+    """Take all the descriptors that this process may have; its children get back what was the limit before."""
+    global _descriptor_limit
+    _descriptor_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = _descriptor_limit
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+_descriptor_limit: tuple[int, int] | None = None
+
+
+def prepare_child() -> None:
+    """In a new child that will exec: the descriptor limit from before, default signal actions, nothing blocked."""
+    if _descriptor_limit is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, _descriptor_limit)
     for signo in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         try:
             signal.signal(signo, signal.SIG_DFL)
@@ -179,7 +198,7 @@ def spawn_locked(run_dir: str, process: str, argv: Sequence[str], environment: M
     try:
         signal.set_wakeup_fd(-1)
         os.setsid()
-        reset_signals()
+        prepare_child()
         redirect(log_path)
         lock = open_lock(run_dir, process)
         if not take_lock(lock):

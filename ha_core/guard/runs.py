@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ha_core.guard.control import PROCESSES
 from ha_core.guard.kernel_timer import now_ns, probe_pid_namespace
 from ha_core.guard.mapping import (
     SUFFIX,
@@ -21,7 +22,7 @@ from ha_core.guard.mapping import (
     lock_free,
     open_run,
 )
-from ha_core.guard.processes import Process, boot_id, open_process
+from ha_core.guard.processes import Process, boot_id, find_process, open_process
 from ha_core.guard.rules import (
     NEVER,
     Event,
@@ -52,6 +53,8 @@ class _Entry:
     shim: Process | None = None
     init: Process | None = None
     up: bool = False
+    killed: bool = False
+    """By this guard, because its lease was revoked."""
 
 
 class RunKeeper:
@@ -189,6 +192,7 @@ class RunKeeper:
     def kill(self, effect: KillRun) -> None:
         entry = self._entry(effect.vm, effect.token)
         if entry is not None:
+            entry.killed = True
             entry.mapping.set(Field.STOP_BY, now_ns())
             self._look(entry)
             self._kill(entry)
@@ -331,11 +335,23 @@ def _describe(entry: _Entry) -> RunGone:
     if state == RunPhase.DAEMONISED:
         return RunGone(mapping.vm, entry.token, None, "killed: it left its process tree, which needs a PID namespace")
     stop_by_ns, now = mapping.get(Field.STOP_BY), now_ns()
-    if stop_by_ns and now >= stop_by_ns:
+    if stop_by_ns and now >= stop_by_ns and not entry.killed:
         return RunGone(mapping.vm, entry.token, -signal.SIGKILL, "killed after its shutdown time")
-    if now >= mapping.get(Field.ARMED):
+    if now >= mapping.get(Field.ARMED) and not entry.killed:
         return RunGone(mapping.vm, entry.token, -signal.SIGKILL, "killed at its deadline")
     return RunGone(mapping.vm, entry.token, -signal.SIGKILL, "killed")
+
+
+def living_processes(run_dir: str) -> list[Process]:
+    """All processes of a host's agents and VMs (shims and inits) that are alive; the caller closes them."""
+    found = [find_process(run_dir, name) for name in PROCESSES]
+    for name in sorted(os.listdir(run_dir)) if os.path.isdir(run_dir) else ():
+        mapping = open_run(os.path.join(run_dir, name)) if name.endswith(SUFFIX) else None
+        if mapping is not None:
+            for pid, start in ((Field.SHIM_PID, Field.SHIM_START), (Field.INIT_PID, Field.INIT_START)):
+                found.append(open_process(mapping.get(pid), mapping.get(start)))
+            mapping.close()
+    return [process for process in found if process is not None]
 
 
 def containment_of(mapping: RunMapping) -> str:

@@ -26,7 +26,7 @@ from ha_core.guard.kernel_timer import (
     set_parent_death_signal,
 )
 from ha_core.guard.mapping import Containment, Field, RunMapping, RunPhase
-from ha_core.guard.processes import redirect, reset_signals, start_time
+from ha_core.guard.processes import prepare_child, redirect, start_time
 
 _NEVER = (1 << 63) - 1
 _WAKE = signal.SIGUSR1
@@ -222,7 +222,7 @@ class _Init:
         command = self._command
         try:
             os.setsid()
-            reset_signals()
+            prepare_child()
             if not self._contained:
                 set_parent_death_signal(signal.SIGKILL)
             os.chdir(command.workdir)

@@ -87,6 +87,8 @@ def test_reports_are_told_from_replies() -> None:
         ({"id": 1, "op": ["list"]}, "op"),
         ({"id": 1, "op": "stop", "token": 1}, "vm"),
         ({"id": 1, "op": "stop", "vm": "x" * 101, "token": 1}, "vm"),
+        ({"id": 1, "op": "stop", "vm": "\ud800", "token": 1}, "vm"),
+        ({"id": 1, "op": "start", "vm": "x", "lease": 1, "token": 1, "argv": ["\udc80"]}, "argv"),
         ({"id": 1, "op": "stop", "vm": "x", "token": 0}, "token"),
         ({"id": 1, "op": "stop", "vm": "x", "token": 1 << 63}, "token"),
         ({"id": 1, "op": "stop", "vm": "x", "token": 1, "shutdown_s": -1}, "shutdown_s"),

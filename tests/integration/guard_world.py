@@ -40,8 +40,9 @@ from ha_core.guard.control import (
 )
 from ha_core.guard.mapping import Field, RunMapping, open_run
 from ha_core.guard.primaries import write_primaries
-from ha_core.guard.processes import Process, find_process, lock_holder, open_process, start_time
+from ha_core.guard.processes import Process, find_process, lock_holder, open_process
 from ha_core.guard.renewal import RenewalAnswer, RenewalCodec, RenewalError, Status
+from ha_core.guard.runs import living_processes
 
 T = TypeVar("T")
 GUARD = str(Path(ha_core.guard.__file__).parent)
@@ -239,12 +240,9 @@ class World:
         for guard in self.guards:
             guard.kill()
             guard.wait()
-        for path in Path(self.run_dir).glob("*.run"):
-            mapping = open_run(str(path))
-            if mapping is not None:
-                for pid, start in ((Field.SHIM_PID, Field.SHIM_START), (Field.INIT_PID, Field.INIT_START)):
-                    if mapping.get(pid) and start_time(mapping.get(pid)) == mapping.get(start):
-                        os.kill(mapping.get(pid), signal.SIGKILL)
+        for process in living_processes(self.run_dir):
+            process.send(signal.SIGKILL)
+            process.close()
         self.leader.close()
         if kind is not None:
             sys.stderr.write(self.log())
@@ -254,12 +252,15 @@ class World:
         parts = [f"--- {path.name}\n{path.read_text()}" for path in sorted(Path(self.dir).glob("**/*.log"))]
         return "\n".join(parts)
 
-    def start_guard(self) -> subprocess.Popen[bytes]:
+    def start_guard(self, **environment: str) -> subprocess.Popen[bytes]:
         path = Path(f"{self.dir}/guard-settings.json")
         path.write_text(json.dumps(self.settings))
         with open(f"{self.dir}/guard.log", "ab") as log:
             guard = subprocess.Popen(
-                [*self.prefix, self.python, "-I", "-S", GUARD, "--config", str(path)], stderr=log, start_new_session=True
+                [*self.prefix, self.python, "-I", "-S", GUARD, "--config", str(path)],
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | environment,
             )
         self.guards.append(guard)
         return guard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -17,7 +18,9 @@ import pytest
 from ha_core.guard.control import SOCKET_NAME, StartRequest, StopRequest
 from ha_core.guard.kernel_timer import probe_pid_namespace
 from ha_core.guard.mapping import Field, RunPhase, boot_number, create_run
+from ha_core.guard.primaries import write_primaries
 from ha_core.guard.processes import boot_id
+from ha_core.guard.runs import living_processes
 from tests.integration.guard_world import GUARD, LEASE_S, MARGIN_S, WITNESS, World, now_ns, usable_python
 
 pytestmark = pytest.mark.integration
@@ -392,6 +395,29 @@ def test_a_dead_or_stopped_guard_is_replaced_once_and_no_vm_disturbed(fault: str
         assert world.lock_held("a")
 
 
+def test_a_hung_guard_is_replaced_once_and_no_vm_disturbed() -> None:
+    """It hangs in a system call: opening a FIFO that nobody writes, where its list of primaries should be."""
+    with World(agents=("aam", "vpxa"), watchdogs=True) as world:
+        world.start_guard()
+        world.start_vm("a", 1000)
+        world.wait_until(lambda: world.lives("aam") and world.lives("vpxa"), 10)
+        time.sleep(0.5)
+        old, begun = world.guard_pid(), time.monotonic()
+        os.mkfifo(f"{world.run_dir}/fifo")
+        os.rename(f"{world.run_dir}/fifo", f"{world.run_dir}/primaries.json")
+        time.sleep(0.08)
+        write_primaries(world.run_dir, {"aam@leader": world.leader.addresses})
+        world.wait_until(lambda: world.guard_pid() not in (0, old))
+        assert time.monotonic() - begun < 0.7 + 0.3
+        world.wait_for_lease()
+        time.sleep(LEASE_S)
+
+        assert world.log().count("guard restarted") == 1, world.log()
+        assert (len(world.lives("aam")), len(world.lives("vpxa"))) == (1, 1)
+        assert len(world.journal("a")) == 1
+        assert world.lock_held("a")
+
+
 @pytest.mark.parametrize("left", ["aam", "vpxa"])
 def test_whoever_is_left_brings_everything_back(left: str) -> None:
     """The guard and one agent are killed together, or the other agent is stopped just then."""
@@ -501,6 +527,49 @@ def test_bad_clients_cost_nothing_but_their_connection() -> None:
 
         assert world.wait_until(world.status).lease_token
         assert len(world.journal("a")) == 1
+
+
+def test_systemd_is_told_when_the_guard_is_ready_and_that_it_lives() -> None:
+    with World() as world, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"{world.dir}/notify")
+        systemd.settimeout(3)
+        guard = world.start_guard(NOTIFY_SOCKET=f"{world.dir}/notify")
+
+        assert systemd.recv(100).decode() == f"READY=1\nMAINPID={guard.pid}"
+        assert systemd.recv(100) == b"WATCHDOG=1"
+
+
+def test_nothing_of_the_guard_leaks_into_a_vm() -> None:
+    """No descriptor but its own three, no blocked or ignored signal, and the limits that the guard was started with."""
+    with World() as world:
+        world.start_guard()
+        lease = world.wait_for_lease().lease_token
+        script = "ls -l /proc/self/fd; grep -E 'Sig(Blk|Ign|Cgt)' /proc/self/status; ulimit -Sn; sleep 60"
+        world.ask(StartRequest("a", lease, 1000, ("sh", "-c", script)))
+        log = Path(f"{world.dir}/log/vm-a.log")
+        lines = world.wait_until(lambda: text if log.exists() and (text := log.read_text().splitlines())[-1:][0:1] and
+                                 text[-1].isdigit() else None)  # fmt: skip
+
+        targets = [line.split(" -> ")[1] for line in lines if " -> " in line]
+        assert sorted(target for target in targets if "/proc/" not in target) == sorted(["/dev/null", str(log), str(log)])
+        assert [line.split()[1] for line in lines if line.startswith(("SigBlk", "SigIgn"))] == ["0" * 16] * 2
+        assert int(lines[-1]) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_every_process_of_a_host_is_found_for_a_power_cut() -> None:
+    with World(agents=("aam", "vpxa")) as world:
+        world.start_guard()
+        world.start_vm("a", 1000, "daemon")
+        world.wait_until(lambda: world.lives("aam") and world.lives("vpxa"))
+        found = living_processes(world.run_dir)
+        assert len(found) == 5
+        for process in found:
+            process.send(signal.SIGKILL)
+        for process in found:
+            assert process.wait(2)
+            process.close()
+
+        assert not world.lock_held("a")
 
 
 # -- containment --
