@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -97,7 +98,7 @@ class DemoHost:
         except (OSError, KeyError, ValueError, TransportError, trio.TooSlowError, trio.BrokenResourceError):
             return {}
         assert isinstance(status, dict)
-        return {"guard": status["pid"]} | {one["name"]: one["pid"] for one in status["agents"] if one["state"] == "running"}
+        return {"guard": status["pid"]} | {one["name"]: one["pid"] for one in status["agents"] if one["pid"]}
 
 
 @attrs.define(eq=False)
@@ -114,7 +115,9 @@ class World:
         return self.folder / "shared"
 
     async def power_on(self, host: DemoHost) -> None:
-        """Mend its cables and start its agents."""
+        """Mend its cables and start its agents, under a boot id of its own: several hosts share one kernel here."""
+        host.run_dir.mkdir(mode=0o700)
+        (host.run_dir / "boot_id").write_text(str(uuid.uuid4()))
         await self.board.mend_host(host.name)
         await self.board.mend_host(f"{host.name}-app")
         host.process = await self.start(
@@ -132,6 +135,7 @@ class World:
         await trio.to_thread.run_sync(kill_all, host.mark)
         if host.process is not None:
             await host.process.wait()
+        shutil.rmtree(host.run_dir)  # a tmpfs does not outlive the power
         return at_ns
 
     async def start(self, host: DemoHost, log: str, *argv: str, env: Mapping[str, str] | None = None) -> trio.Process:
@@ -183,7 +187,6 @@ async def open_world(*, keep: Path | None, profile: str, store: str) -> AsyncIte
             {link: cables[f"{name}-app", link][0] for link in LINKS}, {link: cables[f"{name}-app", link][1] for link in LINKS},
         )  # fmt: skip
         host.folder.mkdir(exist_ok=True)
-        host.run_dir.mkdir(mode=0o700)
         _write_config(folder, host, cables, profile, store)
         hosts[name] = host
     try:
