@@ -167,7 +167,7 @@ class DurableMachine:
 
     def _send(self, peer: NodeId, channel: ChannelName, bodies: Sequence[bytes]) -> None:
         priority = Priority.BULK if channel == RUNS_CHANNEL else Priority.NORMAL
-        self._effects.append(SendRun(peer, channel, bodies, priority))
+        self._effects.append(SendRun(peer, channel, bodies, priority, session=self._sessions[peer][0]))
 
     def _collect(self) -> None:
         """Take what both halves want; one SendRun per peer and channel."""

@@ -187,7 +187,9 @@ class EndpointMachine:
 
     def _send_run(self, event: SendRun) -> None:
         peer = self._lower.peers.get(event.to)
-        if peer is not None and peer.session is not None and event.bodies:
+        if peer is None or peer.session is None or event.session not in (None, peer.session.id):
+            return
+        if event.bodies:
             peer.session.send(event)
             self._lower.want(peer)
 

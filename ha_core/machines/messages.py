@@ -76,6 +76,9 @@ class SendRun(Event):
     priority: Priority = Priority.NORMAL
     redundant: bool = False
     """Send on every live path at once; the first copy wins."""
+    session: SessionId | None = None
+    """Drop it unless this is still the session; None: whichever stands. For senders whose frames must not reach a new session
+    before they heard of it (a parent machine may feed both ends of the seam in one batch)."""
 
 
 @attrs.frozen
