@@ -63,6 +63,7 @@ class DurableMachine:
         self.sender = Sender(outgoing)
         self.receiver = Receiver(incoming, unclean=unclean, max_attempts=max_attempts)
         self._sessions: dict[NodeId, tuple[SessionId, StoreId]] = {}
+        self._refused: dict[NodeId, SessionId] = {}
         self._effects: list[Effect | Event] = []
 
     def receive(self, events: Sequence[Event | Effect], now_ns: int) -> None:
@@ -120,10 +121,12 @@ class DurableMachine:
         owner = self.receiver.owner_of(event.store)
         if owner is not None and owner != event.peer:
             # two live owners of one store: only the first is served (I11)
+            self._refused[event.peer] = event.session
             self._effects.append(
                 PeerRefused(event.peer, "clone", f"{event.peer} runs on a copy of the store of {owner}: stop one of them")
             )
             return
+        self._refused.pop(event.peer, None)
         self._sessions[event.peer] = (event.session, event.store)
         self.sender.session_up(event.peer)
         reports = self.receiver.session_up(event.peer, event.store)
@@ -141,10 +144,11 @@ class DurableMachine:
         self.receiver.session_down(peer)
 
     def _deliver(self, event: DeliverRun, now_ns: int) -> None:
-        self._effects.append(
-            Consumed(event.peer, event.channel, len(event.bodies), sum(len(body) for body in event.bodies))
-        )  # memory is bounded by the channels' own credit
         session = self._sessions.get(event.peer)
+        session_id = session[0] if session is not None else self._refused.get(event.peer)
+        self._effects.append(
+            Consumed(event.peer, event.channel, len(event.bodies), sum(len(body) for body in event.bodies), session_id)
+        )  # memory is bounded by the channels' own credit
         if session is None:
             return
         for body in event.bodies:
