@@ -39,6 +39,8 @@ REPLIES = ChannelName("replies")
 SESSION_CHANNEL = ChannelName("talk")
 TOPIC = ChannelName("beat")
 _TAG = Struct(">QQ")
+_STRANGER = (".1.99:", ".2.99:")
+_HONEST_REFUSALS = ("clone", "stale", "busy", "self")
 _DURABLE = frozenset((RUNS_CHANNEL, REPORTS_CHANNEL))
 
 
@@ -274,6 +276,12 @@ class MessagesNode:
     def _refused(self, effect: m.PeerRefused) -> None:
         self.sim.trace("refused", self.name, effect.peer, effect.code, effect.text)
         self.reports.append((NodeId(effect.peer), f"{effect.code}: {effect.text}"))
+        if (
+            effect.code not in _HONEST_REFUSALS
+            and effect.peer in self.peers
+            and not any(part in effect.text for part in _STRANGER)
+        ):
+            self.sim.violate("I28", f"{self.name} refuses a genuine node: {effect.code}: {effect.text}")
 
     def _run_batch(self, effect: RunBatch) -> None:
         if effect.attempt is None:

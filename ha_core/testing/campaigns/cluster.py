@@ -1,0 +1,472 @@
+"""A whole cluster: three to five hosts with their agents and VMs, under everything that can go wrong with hosts, agents, networks,
+disks and clocks, while an administrator starts, stops and moves VMs.
+
+A safety phase with faults (nothing runs twice, nothing is stopped without need), then everything heals and everything that
+should run must run. The invariants are checked in cluster_checker.py, the hosts are in cluster_hosts.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from ha_core.config import FAST, LAN, ns
+from ha_core.guard.renewal import RenewalCodec
+from ha_core.ids import HostName, NodeId, ReplicaId, VmName
+from ha_core.machines.aam import AamMachine, AnswerGuard, GuardDatagram, Ping, RecordsChanged, VerdictChanged
+from ha_core.machines.contract import Event, Machine
+from ha_core.machines.database import DatabaseMachine
+from ha_core.machines.database_events import (
+    Arrived,
+    DatabaseReply,
+    DatabaseRequest,
+    DatagramArrived,
+    LeaderChanged,
+    Leading,
+    PeerDown,
+    PeerUp,
+    Send,
+)
+from ha_core.machines.failover import commands as c
+from ha_core.machines.failover.commands import Command, Outcome
+from ha_core.machines.failover.host_agent import ProposalDone, Propose, RecordsSeen
+from ha_core.machines.failover.records import (
+    PREFIX,
+    Host,
+    HostState,
+    Mode,
+    Priority,
+    Rule,
+    RuleKind,
+    Settings,
+    Vm,
+    Wanted,
+)
+from ha_core.machines.keyvalue.model import Call, Called
+from ha_core.machines.messages import SendDatagram, SendRun
+from ha_core.machines.raft.configuration import Configuration, Member
+from ha_core.machines.raft.types import ConfigurationChanged, MessageRefused
+from ha_core.testing.campaigns.cluster_checker import ClusterChecker
+from ha_core.testing.campaigns.cluster_hosts import LOCAL_NS, ClusterHost
+from ha_core.testing.simulator import (
+    MICROSECOND,
+    MILLISECOND,
+    SECOND,
+    Chaos,
+    Fault,
+    SimDisk,
+    SimMessages,
+    SimNetwork,
+    SimProcess,
+    Simulation,
+    disk_faults,
+    network_faults,
+    reset_faults,
+)
+
+CLUSTER = "campaign"
+KEY = b"k" * 32
+SETUP_NS = 12 * SECOND
+SAFETY_NS = 10 * SECOND
+LIVENESS_NS = 40 * SECOND
+
+
+def _nothing(effect: object) -> None:
+    """An effect that only a shell would need."""
+
+
+class World:
+    def __init__(self, sim: Simulation) -> None:
+        self.sim = sim
+        self.rng = rng = sim.stream("world")
+        self.profile = rng.choice([LAN, FAST])
+        names = [f"h{number}" for number in range(1, rng.choice([3, 3, 4, 5]) + 1)]
+        self.network = SimNetwork(sim, names, links=("a", "b"))
+        self.messages = SimMessages(self.network)
+        self.checker = ClusterChecker(sim)
+        self.codec = RenewalCodec(CLUSTER, KEY)
+        self.hosts = {
+            name: ClusterHost(sim, name, self.profile, self.codec, self.checker, rng.randrange(-4900, 4901)) for name in names
+        }
+        self.disks: dict[str, SimDisk] = {}
+        self._waiting: dict[int, tuple[SimProcess, int, Callable[[object], None]]] = {}
+        self._last_request = 0
+        self._orders: list[Command] = []
+        for host in self.hosts.values():
+            self._add_aam(host)
+        nodes = [NodeId(f"aam@{name}") for name in names]
+        members = {node: Member(self.disks[node].incarnation) for node in nodes}
+        self._bootstrap = Configuration(incoming=tuple(nodes), members=members)
+        sim.every(100 * MILLISECOND, self._drop_lost_requests)
+
+    # -- the AAMs and their wires --
+
+    def _add_aam(self, host: ClusterHost) -> None:
+        name = f"aam@{host.name}"
+        disk = self.disks[name] = SimDisk(self.sim, name, flush_ns=self.rng.choice([300, 3000]) * MICROSECOND)
+        process = SimProcess(
+            self.sim, name, lambda process: self._build_aam(host, process), disk=disk, clock=host.host.clock, start=False
+        )
+        host.aam = host.host.add(process)
+        process.on(Send, lambda effect: self._send(name, effect))
+        process.on(RecordsChanged, lambda effect: self._records(host, effect))
+        process.on(AnswerGuard, lambda effect: self._answer_guard(host, effect))
+        process.on(DatabaseReply, lambda effect: self._replied(effect))
+        for kind in (LeaderChanged, Leading, ConfigurationChanged, MessageRefused, Ping, VerdictChanged):
+            process.on(kind, _nothing)
+        self.messages.attach(
+            process,
+            host=host.name,
+            on_datagram=lambda sender, topic, body: process.post(DatagramArrived(NodeId(sender), _bytes(body))),
+            on_message=lambda sender, channel, body: process.post(_arrived(sender, channel, body)),
+            on_session=lambda peer, up: process.post(PeerUp(NodeId(peer)) if up else PeerDown(NodeId(peer))),
+        )
+        host.send_renewal = lambda data: self._send_renewal(host, data)
+        host.propose = lambda effect: self._agent_proposes(host, effect)
+        host.connect_records = lambda: self._connect_records(host)
+
+    def _build_aam(self, host: ClusterHost, process: SimProcess) -> Machine:
+        node = NodeId(process.name)
+        disk = self.disks[node]
+        database = DatabaseMachine(
+            node=node,
+            replica=ReplicaId(disk.incarnation),
+            profile=self.profile,
+            rng=process.rng,
+            recovered=disk.recover(),
+            bootstrap=self._bootstrap,
+            procedures=self.checker.procedures(),
+            cluster=CLUSTER,
+            checkpoint_min_bytes=20_000,
+        )
+        record = Host(HostName(host.name), (("a", f"{host.name}:1"), ("b", f"{host.name}:2")), 8000, 8192, boot=host.boot_id)
+        self.sim.after(LOCAL_NS, self._connect_records, host)
+        return AamMachine(
+            node=node, host=record, database=database, codec=self.codec, profile=self.profile, joins=True,
+            isolation_addresses=("gateway",),
+        )  # fmt: skip
+
+    def _send(self, name: str, effect: Send) -> None:
+        match effect.event:
+            case SendDatagram(to, topic, body):
+                self.messages.send_datagram(name, to, body, topic)
+            case SendRun(to, channel, bodies, _, _):
+                for body in bodies:
+                    self.messages.send(name, to, channel, body)
+
+    # -- guards and primaries --
+
+    def _send_renewal(self, host: ClusterHost, data: bytes) -> None:
+        for name, target in self.hosts.items():
+            if target is host:
+                self.sim.after(LOCAL_NS, self._renewal_arrives, target, (host.name, "local"), data)
+                continue
+            for link in self.network.links:
+                flow = self.network.flow(host.name, name, link)
+                self.network.packet(flow, self._renewal_arrives, target, (host.name, link), data)
+
+    @staticmethod
+    def _renewal_arrives(target: ClusterHost, source: tuple[str, str], data: bytes) -> None:
+        if target.aam is not None:
+            target.aam.post(GuardDatagram(source, data))
+
+    def _answer_guard(self, host: ClusterHost, effect: AnswerGuard) -> None:
+        assert isinstance(effect.source, tuple)
+        name, link = effect.source
+        target = self.hosts[name]
+        if link == "local":
+            self.sim.after(LOCAL_NS, target.answer, effect.data)
+        else:
+            self.network.packet(self.network.flow(host.name, name, link), target.answer, effect.data)
+
+    # -- host agents --
+
+    def _connect_records(self, host: ClusterHost) -> None:
+        """The host agent and its AAM meet: it gets all records anew."""
+        assert host.aam is not None
+        machine = host.aam.machine
+        if isinstance(machine, AamMachine):
+            records = machine.database.state.range(PREFIX)
+            items = [(record.key, record.value) for record in records]
+            host.agent.post(RecordsSeen(machine.database.state.index, items, restored=True))
+
+    def _records(self, host: ClusterHost, effect: RecordsChanged) -> None:
+        self.sim.after(LOCAL_NS, host.agent.post, RecordsSeen(effect.index, effect.changes, effect.restored))
+
+    def _agent_proposes(self, host: ClusterHost, effect: Propose) -> None:
+        life = host.agent.lives
+
+        def answered(outcome: object) -> None:
+            done = False
+            if isinstance(outcome, Called):
+                self.checker.heard_done(outcome.index)
+                done = Outcome.decode(outcome.value).done
+            if host.agent.lives == life:
+                host.agent.post(ProposalDone(effect.number, done))
+
+        assert host.aam is not None
+        self.request(host.aam, effect.command, answered)
+
+    # -- requests --
+
+    def request(self, process: SimProcess, command: Command, answered: Callable[[object], None]) -> None:
+        """``answered`` gets the outcome, None if the AAM died before it answered."""
+        if not process.alive:
+            self.sim.after(10 * MILLISECOND, answered, None)
+            return
+        self._last_request += 1
+        self._waiting[self._last_request] = (process, process.lives, answered)
+        call = Call(command.name, command.args())
+        process.post(DatabaseRequest(self._last_request, call, timeout_ns=2 * SECOND))
+
+    def _replied(self, effect: DatabaseReply) -> None:
+        waiting = self._waiting.pop(effect.request, None)
+        if waiting is not None:
+            waiting[2](effect.outcome)
+
+    def _drop_lost_requests(self) -> None:
+        lost = [
+            number for number, (process, life, _) in self._waiting.items() if not process.alive or process.lives != life
+        ]  # fmt: skip
+        for number in lost:
+            self._waiting.pop(number)[2](None)
+
+    # -- the administrator --
+
+    def order(self, command: Command) -> None:
+        """Ask until there is an answer, whatever it is; one order after the other."""
+        self._orders.append(command)
+        if len(self._orders) == 1:
+            self._next_order()
+
+    def _next_order(self) -> None:
+        if not self._orders:
+            return
+        process = self.rng.choice([host.aam for host in self.hosts.values() if host.aam is not None])
+        self.request(process, self._orders[0], self._ordered)
+
+    def _ordered(self, outcome: object) -> None:
+        if isinstance(outcome, Called):
+            self.sim.trace("order", type(self._orders[0]).__name__, str(Outcome.decode(outcome.value).reason))
+            self._orders.pop(0)
+            self._next_order()
+        else:
+            self.sim.after(50 * MILLISECOND, self._next_order)
+
+    @property
+    def orders_done(self) -> bool:
+        return not self._orders
+
+    def define(self) -> None:
+        """Settings, VMs and rules of this seed."""
+        rng = self.rng
+        self.order(c.SetSettings.of(self.settings))
+        names = [f"vm{number}" for number in range(rng.randrange(3, 8))]
+        for number, name in enumerate(names):
+            after = (rng.choice(names[:number]),) if number and rng.random() < 0.3 else ()
+            vm = Vm(
+                VmName(name),
+                priority=rng.choice([Priority.HIGHEST, Priority.HIGH, Priority.MEDIUM, Priority.MEDIUM, Priority.LOW]),
+                after=after,
+                memory_mib=rng.choice([256, 512, 2048]),
+                shutdown_ns=rng.choice([0, 0, 0, 300 * MILLISECOND]),
+                start_ns=rng.choice([50, 100, 400]) * MILLISECOND,
+                max_restart=rng.choice([0, 1, 1, 2]),
+                max_relocate=rng.choice([0, 1, 1]),
+            )
+            self.order(c.DefineVm.of(vm))
+        if rng.random() < 0.3:
+            kind = rng.choice([RuleKind.APART, RuleKind.TOGETHER])
+            self.order(c.SetRule.of(Rule("pair", kind, tuple(rng.sample(names, 2)))))
+        if rng.random() < 0.3:
+            weights = tuple((host, weight) for weight, host in enumerate(rng.sample(list(self.hosts), 2), 1))
+            self.order(c.SetRule.of(Rule("near", RuleKind.PREFER, (rng.choice(names),), weights)))
+
+    @property
+    def settings(self) -> Settings:
+        profile = self.profile
+        return Settings(
+            ns(profile.lease_s), ns(profile.margin_s), ns(profile.renewal_s),
+            retries_ns=tuple(second * SECOND for second in (0, 1, 3, 6)), settle_ns=4 * SECOND,
+        )  # fmt: skip
+
+    def administer(self) -> None:
+        """One turn of the administrator."""
+        rng = self.rng
+        if not self.checker.truth.vms or not self.orders_done:
+            return
+        vm = rng.choice(sorted(self.checker.truth.vms))
+        host = HostName(rng.choice(list(self.hosts)))
+        match rng.randrange(9):
+            case 0 | 1:
+                self.order(c.WantVm(vm, Wanted.STOPPED, rng.choice([-1, 0, 200 * MILLISECOND])))
+            case 2 | 3:
+                self.order(c.WantVm(vm, Wanted.STARTED))
+            case 4 | 5:
+                self.order(c.MoveVm(vm, host))
+            case 6:
+                self.order(c.SetHostState(host, HostState.MAINTENANCE))
+            case 7:
+                self.order(c.SetHostState(host, HostState.ONLINE))
+            case _:
+                mode = rng.choice([Mode.ARMED, Mode.ARMED, Mode.DISARMED])
+                self.order(c.SetSettings.of(attrs.evolve(self.settings, mode=mode)))
+
+    def restore_order(self) -> None:
+        """The liveness phase wants every VM to run."""
+        self.order(c.SetSettings.of(self.settings))
+        for host in self.hosts:
+            self.order(c.SetHostState(HostName(host), HostState.ONLINE))
+        for vm in sorted(self.checker.truth.vms):
+            self.order(c.WantVm(vm, Wanted.STARTED))
+
+    # -- faults --
+
+    def faults(self) -> list[Fault]:
+        hosts = list(self.hosts.values())
+
+        def agent_crash(rng: random.Random, amount: float) -> Callable[[], None] | None:
+            process = rng.choice(rng.choice(hosts).agents)
+            if not process.alive:
+                return None
+            if rng.random() < 0.5:
+                process.crash_within(rng.randrange(0, 20))
+            else:
+                process.crash(kind="agent-crash")
+            # A watchdog starts it again long before the fault "ends".
+            self.sim.after(int(rng.uniform(1, 300) * MILLISECOND), self._restart, process)
+            return lambda: self._restart(process)
+
+        def agent_stop(rng: random.Random, amount: float) -> Callable[[], None] | None:
+            host = rng.choice(hosts)
+            process = rng.choice(host.agents)
+            if not process.alive:
+                return None
+            self.sim.fault("agent-stop")
+            process.freeze(5 * SECOND)
+            hang_ns = ns(self.profile.guard_hang_s if process is host.guard else self.profile.agent_hang_s)
+            self.sim.after(hang_ns, self._replace_hung, host, process, process.lives)
+            return process.thaw
+
+        def all_stop(rng: random.Random, amount: float) -> Callable[[], None]:
+            host = rng.choice(hosts)
+            self.sim.fault("agents-stop-all")
+            for process in host.agents:
+                process.freeze(8 * SECOND)
+            return host.host.thaw
+
+        def all_crash(rng: random.Random, amount: float) -> Callable[[], None]:
+            host = rng.choice(hosts)
+            self.sim.fault("agents-crash-all")
+            for process in host.agents:
+                process.end(silent=False)
+            return host.start
+
+        def power_loss(rng: random.Random, amount: float) -> Callable[[], None]:
+            host = rng.choice(hosts)
+            host.power_off()
+            return host.start
+
+        def vm_crash(rng: random.Random, amount: float) -> None:
+            if rng.choice(hosts).hypervisor.crash_one(rng):
+                self.sim.fault("vm-crash")
+
+        def fail_start(rng: random.Random, amount: float) -> Callable[[], None]:
+            hypervisor = rng.choice(hosts).hypervisor
+            hypervisor.fail_starts = amount
+
+            def end() -> None:
+                hypervisor.fail_starts = 0.0
+
+            return end
+
+        return [
+            Fault("agent-crash", agent_crash, 2.0),
+            Fault("agent-stop", agent_stop, 2.0),
+            Fault("agents-stop-all", all_stop),
+            Fault("agents-crash-all", all_crash),
+            Fault("power-loss", power_loss),
+            Fault("vm-crash", vm_crash),
+            Fault("fail-start", fail_start),
+        ]
+
+    @staticmethod
+    def _restart(process: SimProcess) -> None:
+        process.crash_within(-1)
+        process.start()
+
+    def _replace_hung(self, host: ClusterHost, process: SimProcess, life: int) -> None:
+        """Another agent of the host sees no beats: it kills the hung one and starts it anew."""
+        watched = any(other.alive and not other.frozen for other in host.agents if other is not process)
+        if process.alive and process.frozen and process.lives == life and watched:
+            process.end()
+            process.start()
+
+    def heal(self) -> None:
+        self.network.heal_all()
+        for host in self.hosts.values():
+            host.hypervisor.fail_starts = 0.0
+            for process in host.agents:
+                process.crash_within(-1)
+            host.host.thaw()
+            host.start()
+
+
+def _bytes(body: object) -> bytes:
+    assert isinstance(body, bytes)
+    return body
+
+
+def _arrived(sender: str, channel: str, body: object) -> Event:
+    return Arrived(NodeId(sender), channel, [_bytes(body)])  # type: ignore[arg-type]
+
+
+class ClusterCampaign:
+    name = "cluster"
+    invariants: Sequence[str] = ("I42", "I43", "I44", "I45", "I46", "I47", "I48", "I49", "I50")
+    faults: Sequence[str] = (
+        "loss", "delay", "reorder", "duplicate", "replay", "path-cut", "one-way-cut", "partition", "clog", "reset",
+        "disk-slow", "disk-error", "disk-full", "disk-crash", "agent-crash", "agent-stop", "agents-stop-all",
+        "agents-crash-all", "power-loss", "vm-crash", "fail-start",
+    )  # fmt: skip
+
+    def play(self, sim: Simulation) -> None:
+        world = World(sim)
+        for host in world.hosts.values():
+            host.start()
+        world.define()
+        settled = sim.run_for(SETUP_NS, stop=lambda: world.orders_done and not world.checker.missing())
+        if not settled:
+            sim.violate("I46", f"the cluster did not come up: {'; '.join(world.checker.missing())}")
+        self._safety(sim, world)
+        self._liveness(sim, world)
+
+    def _safety(self, sim: Simulation, world: World) -> None:
+        swarm = sim.swarm(self.faults)
+        kinds = [
+            *network_faults(world.network), *disk_faults([disk.device for disk in world.disks.values()]),
+            *reset_faults(world.messages.reset, list(world.disks)), *world.faults(),
+        ]  # fmt: skip
+        chaos = Chaos(sim, kinds, swarm, mean_interval_ns=world.rng.choice([150, 400, 1000]) * MILLISECOND)
+        if world.rng.random() < 0.7:
+            interval_ns = world.rng.choice([200, 1000]) * MILLISECOND
+            until_ns = sim.now_ns + SAFETY_NS
+
+            def turn() -> None:
+                if sim.now_ns < until_ns:
+                    world.administer()
+                    sim.after(interval_ns, turn)
+
+            turn()
+        chaos.start()
+        sim.run_for(SAFETY_NS)
+        chaos.stop()
+
+    def _liveness(self, sim: Simulation, world: World) -> None:
+        world.heal()
+        world.restore_order()
+        sim.checked("I46")
+        if not sim.run_for(LIVENESS_NS, stop=lambda: world.orders_done and not world.checker.missing()):
+            sim.violate("I46", f"after everything healed: {'; '.join(world.checker.missing()) or 'orders are not done'}")
