@@ -70,6 +70,8 @@ from ha_core.machines.messages import Consumed, Priority, SendRun
 
 MAX_OUTSTANDING = 2048
 """Writes of this node under way; the state machine holds twice as many."""
+MAX_HELD = 65_536
+"""Writes that wait for others of this node to end."""
 MAX_UNKNOWN = 1024
 SESSION_TIMEOUT_NS = 10_000_000_000
 
@@ -116,7 +118,8 @@ class DatabaseClient:
         self._resend_at: int | None = None
         self._session = 0
         self._opening = False
-        self._for_session: dict[int, None] = {}
+        self._held: dict[int, None] = {}
+        """Writes that have no identity yet: there is no session, or too many are under way."""
         self._sequence = 0
         self._outstanding: dict[int, None] = {}
         self._unknown: dict[int, None] = {}
@@ -131,9 +134,9 @@ class DatabaseClient:
         number = self._next
         if isinstance(operation, Change | Grant | Revoke | Call):
             problem = problem_of(operation)
-            if problem is None and event.identity is None and len(self._outstanding) - len(self._unknown) >= MAX_OUTSTANDING:
-                refused = Refused(Refusal.TOO_MANY, f"{MAX_OUTSTANDING} writes of this node are under way")
-                self.effects.append(DatabaseReply(event.request, refused))
+            if problem is None and len(self._held) >= MAX_HELD:
+                problem = f"{MAX_HELD} writes of this node wait already"
+                self.effects.append(DatabaseReply(event.request, Refused(Refusal.TOO_MANY, problem)))
                 return
             if problem is not None:
                 self.effects.append(DatabaseReply(event.request, Refused(Refusal.BAD, problem)))
@@ -158,9 +161,10 @@ class DatabaseClient:
     def _start_write(self, number: int, pending: _Pending, now_ns: int) -> None:
         identity = pending.identity
         if identity is None:
-            if not self._session:
-                self._for_session[number] = None
-                self._open_session(now_ns)
+            if not self._session or len(self._outstanding) - len(self._unknown) >= MAX_OUTSTANDING:
+                self._held[number] = None
+                if not self._session:
+                    self._open_session(now_ns)
                 return
             self._sequence += 1
             identity = pending.identity = RequestId(self._session, self._sequence)
@@ -272,6 +276,8 @@ class DatabaseClient:
             return
         if type(outcome) is Outcome:
             self._finish(number, pending, outcome)
+            if self._held:
+                self._start_held(now_ns)
             return
         if isinstance(outcome, Refused):
             if outcome.code is Refusal.NOT_LEADER and not isinstance(pending.operation, Confirm):
@@ -288,6 +294,8 @@ class DatabaseClient:
             self._session_opened(number, outcome, now_ns)
             return
         self._finish(number, pending, outcome)
+        if self._held:
+            self._start_held(now_ns)
 
     def _redirect(self, source: NodeId, number: int, pending: _Pending, refused: Refused, now_ns: int) -> None:
         if pending.target not in (source, None):
@@ -314,11 +322,15 @@ class DatabaseClient:
         self._sequence = 0
         self._outstanding.clear()
         self._unknown.clear()
-        waiting, self._for_session = self._for_session, {}
-        for one in waiting:
-            pending = self._pending.get(one)
+        self._start_held(now_ns)
+
+    def _start_held(self, now_ns: int) -> None:
+        while self._held and self._session and len(self._outstanding) - len(self._unknown) < MAX_OUTSTANDING:
+            number = next(iter(self._held))
+            del self._held[number]
+            pending = self._pending.get(number)
             if pending is not None:
-                self._start_write(one, pending, now_ns)
+                self._start_write(number, pending, now_ns)
 
     def _session_expired(self, number: int, pending: _Pending, now_ns: int) -> None:
         identity = pending.identity
@@ -336,7 +348,7 @@ class DatabaseClient:
     def _finish(self, number: int, pending: _Pending, outcome: DatabaseOutcome) -> None:
         del self._pending[number]
         self._waiting.pop(number, None)
-        self._for_session.pop(number, None)
+        self._held.pop(number, None)
         identity = pending.identity
         if identity is not None and identity.session == self._session:
             if isinstance(outcome, Refused) and outcome.code is Refusal.UNKNOWN:
@@ -384,7 +396,7 @@ class DatabaseClient:
                 Refusal.UNAVAILABLE, "no leader of the database answered in time; the request was not carried out"
             )
         self._finish(number, pending, outcome)
-        if pending.request is None and self._for_session:
+        if pending.request is None and self._held:
             self._open_session(now_ns)
 
     @staticmethod

@@ -219,11 +219,7 @@ class Database:
 
         Losing it sets ``lost`` and does not cancel the body; ``lock`` does.
         """
-        created_ns = now_ns()
-        outcome = await self._submit(Grant(ns(ttl_s)))
-        if not isinstance(outcome, Granted):
-            raise InvariantError(f"a grant was answered by {outcome!r}")
-        lease = Lease(outcome.token, ttl_s, created_ns)
+        lease = await self._grant(ttl_s)
         scope = trio.CancelScope()
         self._nursery.start_soon(self._keep, lease, scope)
         try:
@@ -234,6 +230,21 @@ class Database:
             if not lease.lost.is_set():
                 with trio.move_on_after(1.0, shield=True):
                     await self._courtesy(Revoke(lease.token))
+
+    async def _grant(self, ttl_s: float) -> Lease:
+        """A new lease, most of which still lies ahead however long its Grant took."""
+        created_ns = now_ns()
+        outcome = await self._submit(Grant(ns(ttl_s)))
+        if not isinstance(outcome, Granted):
+            raise InvariantError(f"a grant was answered by {outcome!r}")
+        lease = Lease(outcome.token, ttl_s, created_ns)
+        while lease.remaining_s < ttl_s / 2:
+            created_ns = now_ns()
+            renewed = await self._port.submit(Renew(lease.token), timeout_s=TIMEOUT_S)
+            if not isinstance(renewed, Renewed):
+                return await self._grant(ttl_s)
+            lease.extend(created_ns)
+        return lease
 
     async def _courtesy(self, operation: Operation) -> None:
         try:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 class RecordShell:
     def __init__(self, store: RecordStore, deliver: Callable[[Event], None]) -> None:
         """``deliver`` takes Persisted and PersistFailed to the machine that asked."""
+        self.failure: StorageError | None = None
+        """Why ``run`` has returned."""
         self._store = store
         self._deliver = deliver
         self._queue: deque[Persist | WriteCheckpoint] = deque()
@@ -32,7 +34,8 @@ class RecordShell:
         self._wake.set()
 
     async def run(self) -> None:
-        """Serve until cancelled, or until a write fails: the store is poisoned then, and its machine knows."""
+        """Serve until cancelled, or until a write fails: its machine has been told by PersistFailed then, and the store is
+        poisoned; the node has to stop."""
         queue = self._queue
         while True:
             if not queue:
@@ -45,6 +48,7 @@ class RecordShell:
                     await self._write(batch)
             except StorageError as exc:
                 logger.error("write %d of node.db failed: %s", batch[0].number, exc)
+                self.failure = exc
                 self._deliver(PersistFailed(batch[0].number, str(exc)))
                 return
             self._deliver(Persisted(batch[-1].number))
