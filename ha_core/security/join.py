@@ -1,8 +1,8 @@
 """How the cluster key travels to a new host: sealed under a join token that only that host and its administrator know.
 
-A token is 32 random bytes, made by the host that wants to join, shown to its administrator, and used once. The key is covered by
-a keyed BLAKE2b stream of a fresh nonce and carries a tag over nonce and cover, so that a stranger neither reads nor changes it.
-TLS takes this over later; the token stays.
+A token is 32 random bytes, made by the host that wants to join, shown to its administrator, and used once. The key is
+covered by a keyed BLAKE2b stream of a fresh nonce and carries a tag over nonce and cover, so that a stranger neither reads nor
+changes it. TLS takes this over later; the token stays.
 """
 
 from __future__ import annotations
