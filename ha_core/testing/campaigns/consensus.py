@@ -114,9 +114,9 @@ class ConsensusChecker:
         if seen is None or seen.raft is not raft:
             seen = self._seen[name] = Seen(raft)
         self._check_log(name, seen)
-        self._check_term(name, seen)
         if raft.core.commit > seen.commit:
             self._check_commit(name, seen)
+        self._check_term(name, seen)
         if raft.core.log.configuration is not seen.newest:
             seen.newest = raft.core.log.configuration
             self._check_configurations(name, raft)
@@ -225,6 +225,10 @@ class ConsensusChecker:
             self._sim.checked("I35")
             if self._committed.setdefault(index, value) != value:
                 self._sim.violate("I35", f"{name} commits another entry {index} than was committed before")
+        if core.role is seen.role is Role.LEADER and core.term == seen.term and log.term_at(core.commit) != core.term:
+            self._sim.violate(
+                "I34", f"{name} commits entry {core.commit} of an earlier term by counting: its successor may lack it"
+            )
         if core.commit > self.committed:
             self._check_flushed(name, seen.raft)
             self.committed = core.commit

@@ -99,7 +99,7 @@ class World:
         self.rng = rng = sim.stream("world")
         self.profile = rng.choice([LAN, LAN, FAST])
         self.flush_ns = rng.choice([300 * MICROSECOND, 3 * MILLISECOND, 20 * MILLISECOND])
-        voter_count = rng.choice([3, 3, 3, 4, 5])
+        voter_count = rng.choice([3, 3, 4, 4, 5])
         names = [NodeId(f"n{number}@campaign") for number in range(1, voter_count + rng.choice([1, 1, 2]) + 1)]
         self.network = SimNetwork(sim, names, links=("a", "b"))
         self.messages = SimMessages(self.network)
@@ -248,7 +248,7 @@ class World:
         if effect.role is Role.LEADER and configuration is not None and self.rng.random() < 0.5:
             request = self._next_request()
             self._floors[request] = self.checker.committed
-            replica.process.post(ReadIndex(request), ChangeConfiguration(0, self._any_change(configuration)))
+            replica.process.post(ReadIndex(request), *self._hasty_changes(configuration))
 
     @property
     def leader(self) -> Replica | None:
@@ -307,6 +307,23 @@ class World:
                 if name not in configuration.members:
                     return AddLearner(NodeId(name), replica.disk.incarnation)
         return None
+
+    def _hasty_changes(self, configuration: Configuration) -> list[ChangeConfiguration]:
+        """One or two at once, removals above all: those part quorums soonest (R21, R22)."""
+        rng = self.rng
+        if len(configuration.voters) > 3 and rng.random() < 0.7:
+            return [ChangeConfiguration(0, Remove(node)) for node in rng.sample(configuration.voters, rng.choice([1, 2]))]
+        return [ChangeConfiguration(0, self._any_change(configuration)) for _ in range(rng.choice([1, 2]))]
+
+    def contest(self) -> None:
+        """A leader changes the members and is cut off in the same moment."""
+        leader = self.leader
+        raft = leader.live_raft if leader is not None else None
+        configuration = raft.core.log.configuration if raft is not None else None
+        if leader is not None and configuration is not None:
+            leader.process.post(*self._hasty_changes(configuration))
+            cut = self.network.isolate(leader.name)
+            self.sim.after(self.rng.randrange(500, 3000) * MILLISECOND, cut.heal)
 
     def _any_change(self, configuration: Configuration) -> Change:
         rng = self.rng
@@ -372,6 +389,9 @@ class DatabaseCampaign:
         chaos.start()
         sim.every(30 * MILLISECOND, world.work)
         sim.every(250 * MILLISECOND, world.administer)
+        if swarm["partition"]:
+            for _ in range(2):
+                sim.after(world.rng.randrange(1, 10) * SECOND, world.contest)
         if swarm["disk-lost"]:
             for _ in range(2):
                 sim.after(world.rng.randrange(2, 10) * SECOND, world.lose_disk)

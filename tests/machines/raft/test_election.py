@@ -350,6 +350,7 @@ def test_a_new_leader_knows_the_smallest_age_of_its_quorum_L6() -> None:
 
 
 def test_a_deposed_leader_was_one_until_now_L6() -> None:
+    """Its successor would count leases from too early a moment and start VMs that still run (I42)."""
     group = Group(3)
     group.elect()
 

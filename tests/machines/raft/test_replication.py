@@ -274,7 +274,7 @@ def test_a_committed_entry_is_never_truncated() -> None:
 
 
 def test_a_write_that_ends_late_vouches_for_no_other_entry_R29() -> None:
-    """An entry is overwritten while its first write is on its way; that write's end says nothing of the second."""
+    """An entry is overwritten while its first write is on its way; that write's end says nothing of the second (I36)."""
     group = Group(3)
     group.elect()
     log = group["n2"].machine.core.log

@@ -195,6 +195,7 @@ def test_chunks_of_two_snapshots_do_not_mix_R30() -> None:
 
 
 def test_an_old_snapshot_after_newer_log_changes_nothing_R30() -> None:
+    """Else the state would go back (I35)."""
     chunks = _chunks(compacted())
     group = compacted()
     group.heal()
