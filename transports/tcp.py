@@ -34,8 +34,8 @@ async def resolve(address: str, kind: int) -> tuple[int, tuple[object, ...]]:
     host, port = split_address(address, "address")
     try:
         found = await trio.socket.getaddrinfo(host, port, type=kind)
-    except OSError as exc:
-        raise TransportError(f"{address}: the host has no address: {exc.strerror}") from exc
+    except (OSError, UnicodeError) as exc:
+        raise TransportError(f"{address}: the host has no address: {getattr(exc, 'strerror', None) or exc}") from exc
     family, _, _, _, name = found[0]
     return family, name
 

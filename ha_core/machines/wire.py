@@ -25,6 +25,8 @@ from ha_core.machines.contract import Rng
 HEADER = struct.Struct(">IBBH")
 _NUMBER = struct.Struct(">Q")
 _RUN_START = struct.Struct(">IBBHQ")
+_END = msgpack.packb(None)
+"""Put behind a run: a message that is cut short swallows it."""
 MAX_FRAME_BYTES = 64 << 10
 MAX_BODY_BYTES = MAX_FRAME_BYTES - HEADER.size
 MAX_HELLO_BYTES = 4 << 10
@@ -96,18 +98,19 @@ def decode_run(body: memoryview) -> tuple[int, list[bytes], int]:
         raise DecodeError(f"a DATA frame of {len(body)} bytes carries no message", code="data")
     # No arrays, maps, strings or extensions at all: nothing nests, nothing is allocated from a declared length.
     unpacker = msgpack.Unpacker(
-        max_buffer_size=MAX_BODY_BYTES, max_str_len=0, max_array_len=0, max_map_len=0, max_ext_len=0, raw=False
+        max_buffer_size=MAX_FRAME_BYTES, max_str_len=0, max_array_len=0, max_map_len=0, max_ext_len=0, raw=False
     )
     try:
         unpacker.feed(body[8:])
+        unpacker.feed(_END)
         bodies: list[bytes] = list(unpacker)
+        if bodies.pop() is not None:
+            raise DecodeError("a DATA frame ends within a message", code="data")
         size = len(b"".join(bodies))  # sums the lengths and refuses anything that is no bin, in one pass
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as exc:
+    except (ValueError, TypeError, IndexError, msgpack.exceptions.UnpackException) as exc:
         raise DecodeError("a DATA frame holds something other than messages", code="data") from exc
-    if unpacker.tell() != len(body) - 8:
-        raise DecodeError("a DATA frame ends within a message", code="data")
-    if len(bodies) > RUN_COUNT:
-        raise DecodeError(f"a DATA frame carries {len(bodies)} messages, at most {RUN_COUNT} are allowed", code="data")
+    if not 0 < len(bodies) <= RUN_COUNT:
+        raise DecodeError(f"a DATA frame carries {len(bodies)} messages, expected 1 to {RUN_COUNT}", code="data")
     return _NUMBER.unpack_from(body)[0], bodies, size
 
 

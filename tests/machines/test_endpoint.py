@@ -15,8 +15,8 @@ from tests.machines.endpoint_world import LINKS, MS, Process, World, address, no
 UP, SUSPECT, DOWN = m.PathState.UP, m.PathState.SUSPECT, m.PathState.DOWN
 
 
-def joined(world: World, **options: bool) -> tuple[Process, Process]:
-    a, b = world.start("h1", **options), world.start("h2", **options)
+def joined(world: World) -> tuple[Process, Process]:
+    a, b = world.start("h1"), world.start("h2")
     world.meet(a, b)
     assert world.run(500, until=lambda: set(a.path_states().values()) == set(b.path_states().values()) == {UP})
     world.run(500)

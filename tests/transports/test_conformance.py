@@ -1,0 +1,116 @@
+"""Every transport of ours passes the public suites; transports that break a rule do not."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import trio
+
+from ha_core.errors import TransportError
+from ha_core.testing.check_transport import (
+    DATAGRAM_CHECKS,
+    STREAM_CHECKS,
+    TransportKit,
+    check_datagram_transport,
+    check_stream_transport,
+)
+from ha_core.transports.memory import MemoryNetwork, MemoryTransport
+from ha_core.transports.tcp import TcpTransport
+from ha_core.transports.udp import UdpTransport
+
+
+async def test_tcp_conforms() -> None:
+    assert len(await check_stream_transport(lambda: TransportKit(transport=TcpTransport(), address="127.0.0.1:0"))) == len(
+        STREAM_CHECKS
+    )
+
+
+async def test_tcp_conforms_over_ipv6() -> None:
+    await check_stream_transport(lambda: TransportKit(transport=TcpTransport(), address="[::1]:0"))
+
+
+async def test_memory_conforms() -> None:
+    await check_stream_transport(lambda: TransportKit(transport=MemoryTransport(MemoryNetwork()), address="memory:0"))
+    await check_datagram_transport(lambda: TransportKit(transport=MemoryTransport(MemoryNetwork()), address="memory:0"))
+
+
+async def test_udp_conforms() -> None:
+    assert len(await check_datagram_transport(lambda: TransportKit(transport=UdpTransport(), address="127.0.0.1:0"))) == len(
+        DATAGRAM_CHECKS
+    )
+
+
+class Lossy(MemoryTransport):
+    """Its listeners hand out streams that lose what does not fit at once."""
+
+    async def dial(self, remote: str, *, local: str | None = None) -> trio.abc.Stream:
+        return Leak(await super().dial(remote, local=local))
+
+    def address_of(self, end: trio.abc.Listener[trio.abc.Stream] | trio.abc.Stream) -> str:
+        return super().address_of(end.inner if isinstance(end, Leak) else end)
+
+
+class Leak(trio.abc.Stream):
+    def __init__(self, inner: trio.abc.Stream) -> None:
+        self.inner = inner
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        with trio.move_on_after(0.001):
+            await self.inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.inner.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self.inner.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+class Deaf(MemoryTransport):
+    """Does not say where it listens."""
+
+    def address_of(self, end: trio.abc.Listener[trio.abc.Stream] | trio.abc.Stream) -> str:
+        return "memory:0"
+
+
+@pytest.mark.parametrize(
+    ("transport", "rule"), [(Lossy, "bytes_arrive_whole|a_writer_waits"), (Deaf, "a_listener_says_where|nobody listens")]
+)
+async def test_a_transport_that_breaks_a_rule_is_caught(transport: type[MemoryTransport], rule: str) -> None:
+    network = MemoryNetwork()
+
+    with pytest.raises((AssertionError, TransportError), match=rule):
+        await check_stream_transport(lambda: TransportKit(transport=transport(network), address="memory:0"), limit_s=0.5)
+
+
+async def test_tcp_keeps_queues_short_and_does_not_wait_to_send() -> None:
+    transport = TcpTransport()
+    listener = await transport.listen("127.0.0.1:0")
+    dialled = await transport.dial(transport.address_of(listener))
+    accepted = await listener.accept()
+    async with listener, dialled, accepted:
+        for stream in (dialled, accepted):
+            assert isinstance(stream, trio.SocketStream)
+            assert stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            assert stream.getsockopt(socket.IPPROTO_TCP, 25) == 64 << 10
+            assert stream.getsockopt(socket.IPPROTO_TCP, 18) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [("203.0.113.7:0", "this machine has no such address"), ("x" * 70 + ":1", "the host has no address")],
+)
+async def test_what_is_in_the_way_of_listening_is_said(address: str, text: str) -> None:
+    for transport in (TcpTransport().listen, UdpTransport().bind):
+        with pytest.raises(TransportError, match=text):
+            await transport(address)
+
+
+async def test_a_port_in_use_is_one_clear_line() -> None:
+    async with await TcpTransport().listen("127.0.0.1:0") as listener:
+        address = TcpTransport().address_of(listener)
+        with pytest.raises(TransportError, match=f"{address}: the port is in use by another process"):
+            await TcpTransport().listen(address)
