@@ -183,11 +183,11 @@ class Story:
                 if not vm.is_center:
                     await self._add(center, vm)
             await self._add(center, next(vm for vm in VMS if vm.is_center), wanted="stopped")
-            await self.until("five VMs run", lambda: len(self._running()) == len(VMS) - 1, 15)
+            await self.until("five VMs run", lambda: len(self.running()) == len(VMS) - 1, 15)
             await center.call("vm.want", name="center", wanted="started")
         self.outside.terminate()
         await self.outside.wait()
-        await self.until("the center runs as a VM", lambda: "center" in self._running(), 10)
+        await self.until("the center runs as a VM", lambda: "center" in self.running(), 10)
         await self.until("the center answers as a VM", self._center_answers, 10)
         self.report.vms = len(VMS)
         status = cast(Mapping[str, object], (await self.roles["leader"].guard("status"))["status"])
@@ -199,7 +199,7 @@ class Story:
             options={"argv": self._command(vm, self.key_path), "env": {"PYTHONWARNINGS": "ignore"}}, start_s=0.2, wanted=wanted,
         )  # fmt: skip
 
-    def _running(self) -> dict[str, Start]:
+    def running(self) -> dict[str, Start]:
         """The last start of each VM whose process lives."""
         last = {start.vm: start for start in self.starts()}
         return {vm: start for vm, start in last.items() if Path(f"/proc/{start.pid}").exists()}
@@ -219,7 +219,7 @@ class Story:
     async def hurt_agents(self) -> None:
         host = self.roles["third"]
         self.tell(f"on {host.name}: guard, aam and vpxa are killed, then stopped, one after the other")
-        before = {vm: start.pid for vm, start in self._running().items()}
+        before = {vm: start.pid for vm, start in self.running().items()}
         since_ns = now_ns()
         for number, measured in (
             (signal.SIGKILL, self.report.agent_killed_restarted_ms),
@@ -230,14 +230,14 @@ class Story:
                 self.tell(
                     f"    {name} {'killed' if number is signal.SIGKILL else 'stopped'}: back after {measured[name]:.0f} ms"
                 )
-                await self.until(f"{host.name}: all agents run", lambda: self._is_whole(host), 10)
+                await self.until(f"{host.name}: all agents run", lambda: self.is_whole(host), 10)
                 await trio.sleep(0.3)
-        after = {vm: start.pid for vm, start in self._running().items()}
+        after = {vm: start.pid for vm, start in self.running().items()}
         self.report.vms_disturbed_by_agent_faults = len(self.starts(since_ns=since_ns)) + sum(
             after.get(vm) != pid for vm, pid in before.items()
         )
 
-    async def _is_whole(self, host: DemoHost) -> bool:
+    async def is_whole(self, host: DemoHost) -> bool:
         if len(await host.agent_pids()) < len(AGENTS):
             return False
         try:
@@ -260,7 +260,7 @@ class Story:
 
     async def isolate_a_host(self) -> None:
         host = self.roles["isolated"]
-        doomed = {vm: start for vm, start in self._running().items() if start.host == host.fqdn}
+        doomed = {vm: start for vm, start in self.running().items() if start.host == host.fqdn}
         self.tell(
             f"{host.name} is cut off from all networks and its agents are stopped; {', '.join(doomed)} must die by deadline"
         )
@@ -301,7 +301,7 @@ class Story:
         status = await self.status()
         host = next(one for one in self.world.hosts.values() if status.get("leader") == f"aam@{one.fqdn}")
         self.roles["killed"] = host
-        doomed = [vm for vm, start in self._running().items() if start.host == host.fqdn]
+        doomed = [vm for vm, start in self.running().items() if start.host == host.fqdn]
         self.tell(f"the power of {host.name}, host of the active primary, is cut; on it: {', '.join(doomed)}")
         at_ns = await self.world.power_cut(host)
         survivor = next(one for one in self.world.hosts.values() if one is not host)
@@ -334,7 +334,7 @@ class Story:
         await self.until(f"{host.name} has a lease again", lambda: self._holds_lease(host), 20)
         await self.until("all databases are equal", self._databases_are_equal, 20)
         self.report.database_equal = True
-        await self.until("every VM runs", lambda: len(self._running()) == len(VMS), 15)
+        await self.until("every VM runs", lambda: len(self.running()) == len(VMS), 15)
         self.report.every_vm_back = True
 
     async def _databases_are_equal(self) -> bool:

@@ -108,6 +108,7 @@ class World:
     board: SwitchboardProcess
     center_address: str
     """Where the center listens, on whichever host it runs."""
+    started: list[trio.Process] = attrs.field(factory=list)
 
     @property
     def shared(self) -> Path:
@@ -141,10 +142,12 @@ class World:
     async def start(self, host: DemoHost, log: str, *argv: str, env: Mapping[str, str] | None = None) -> trio.Process:
         """Start a process on the host; it writes to a log file."""
         with (host.folder / f"{log}.log").open("ab") as output:
-            return await trio.lowlevel.open_process(
+            process = await trio.lowlevel.open_process(
                 list(argv), cwd=host.folder, start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env={**os.environ, MARK: host.mark, "PYTHONWARNINGS": "ignore", **(env or {})},
             )  # fmt: skip
+        self.started.append(process)
+        return process
 
     async def wait_ready(self, host: DemoHost, limit_s: float = 15.0) -> None:
         """Until its vpxa answers.
@@ -191,10 +194,16 @@ async def open_world(*, keep: Path | None, profile: str, store: str) -> AsyncIte
         hosts[name] = host
     try:
         async with open_switchboard_process(relayed) as board:
-            yield World(folder, hosts, board, cables["center", "m"][0])
+            world = World(folder, hosts, board, cables["center", "m"][0])
+            try:
+                yield world
+            finally:
+                for host in hosts.values():
+                    kill_all(host.mark)
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+                    for process in world.started:
+                        await process.wait()
     finally:
-        for host in hosts.values():
-            kill_all(host.mark)
         shutil.rmtree(run_root, ignore_errors=True)
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
