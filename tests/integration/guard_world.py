@@ -207,7 +207,7 @@ class World:
         write_primaries(self.run_dir, {"aam@leader": self.leader.addresses})
         Path(f"{self.dir}/key").write_bytes(KEY)
         root = str(Path(GUARD).parent)
-        flags, script = ([], WATCHDOG_AGENT) if watchdogs else (["-I", "-S"], AGENT)
+        flags, script = (["-P"], WATCHDOG_AGENT) if watchdogs else (["-I", "-S"], AGENT)
         self.settings: dict[str, object] = {
             "host": "h1", "cluster": "test", "run_dir": self.run_dir, "log_dir": f"{self.dir}/log",
             "key_file": f"{self.dir}/key", "links": {f"l{n}": f"127.0.0.{n + 1}:0" for n in range(links)},
@@ -268,14 +268,16 @@ class World:
     def wait_for_lease(self) -> GuardStatus:
         return self.wait_until(lambda: status if (status := self.status()) and status.lease_token else None)
 
-    def wait_until(self, check: Callable[[], T | None], timeout_s: float = 5.0) -> T:
+    def wait_until(
+        self, check: Callable[[], T | None], timeout_s: float = 5.0, *, otherwise: str = "it did not happen in time"
+    ) -> T:
         until = time.monotonic() + timeout_s
         while True:
             found = check()
             if found:
                 return found
             if time.monotonic() > until:
-                raise AssertionError("it did not happen in time")
+                raise AssertionError(otherwise)
             time.sleep(0.002)
 
     def ask(self, request: Request) -> Reply:

@@ -4,4 +4,48 @@ from __future__ import annotations
 
 from tests.mutants.harness import Mutant
 
-MUTANTS: list[Mutant] = []
+GUARD = "ha_core/guard/"
+GUARD_TEST = "tests/integration/test_guard.py::"
+
+MUTANTS: list[Mutant] = [
+    Mutant(
+        name="H5 no timer kills the VM of a host whose agents are dead",
+        file=GUARD + "shim.py",
+        old="self._timer.arm(None if until_ns == _NEVER else until_ns)\n            self._armed",
+        new="pass\n            self._armed",
+        invariant="I43",
+        test=GUARD_TEST + "test_with_every_agent_killed_vms_end_at_their_deadline_and_not_before",
+    ),
+    Mutant(
+        name="H20 two processes restart the guard",
+        file="ha_core/runtime/watchdog.py",
+        old="if not take_lock(lock):",
+        new="if take_lock(lock) is None:",
+        invariant="I45",
+        test=GUARD_TEST + "test_a_dead_or_stopped_guard_is_replaced_once_and_no_vm_disturbed",
+    ),
+    Mutant(
+        name="H27 a VM without a namespace of its own",
+        file=GUARD + "shim.py",
+        old="contained = self._namespaces and enter_pid_namespace()",
+        new="contained = self._namespaces",
+        invariant="I43",
+        test=GUARD_TEST + "test_a_double_forked_child_in_its_own_session_dies_with_its_vm_at_the_deadline",
+    ),
+    Mutant(
+        name="H29 a new guard extends runs of a lease that its Grant does not continue",
+        file=GUARD + "rules.py",
+        old="if oldest <= run.lease_token <= token and not run.lost:",
+        new="if run.lease_token <= token and not run.lost:",
+        invariant="I43",
+        test=GUARD_TEST + "test_a_new_guard_does_not_extend_runs_that_its_grant_does_not_continue",
+    ),
+    Mutant(
+        name="H30 a new run is started before the one before it is reaped",
+        file=GUARD + "rules.py",
+        old='if known is not None and not known.state.reaped:\n            return Reply(0, "not-reaped", f"{order.vm}: the run',
+        new='if known is None:\n            return Reply(0, "not-reaped", f"{order.vm}: the run',
+        invariant="I42",
+        test=GUARD_TEST + "test_a_restart_on_the_same_host_never_overlaps_the_run_before",
+    ),
+]
