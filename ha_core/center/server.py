@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import attrs
+import trio
 
 from ha_core.center.hosts import Hosts, call_host
-from ha_core.errors import OperationFailedError, RemoteProtocolError
+from ha_core.errors import HAError, OperationFailedError, RemoteProtocolError
 from ha_core.ids import HostName, VmName
 from ha_core.machines.failover import commands
 from ha_core.machines.failover.commands import Command, Outcome
@@ -46,6 +47,7 @@ class Center:
             "cluster.mode": self._mode,
             "host.add": self._add_host,
             "host.list": self._list_hosts,
+            "host.paths": self._list_paths,
             "host.remove": self._remove_host,
             "host.maintenance": self._maintenance,
             "vm.add": self._add_vm,
@@ -129,6 +131,23 @@ class Center:
                 "lease_state": "none" if lease is None else "revoked" if lease.revoked else "held",
             })  # fmt: skip
         return rows
+
+    async def _list_paths(self, call: Call) -> list[Answer]:
+        """Every path of every host that answers, as that host sees it."""
+        rows: list[Answer] = []
+
+        async def ask(host: Host) -> None:
+            try:
+                status = cast(Answer, await call_host(host.management, self._key, "cluster.status"))
+            except HAError as exc:
+                rows.append({"host": host.name, "peer": "", "link": "", "state": f"no answer: {exc}", "rtt_ms": ""})
+                return
+            rows.extend({"host": host.name, **path} for path in cast(list[Answer], status["paths"]))
+
+        async with trio.open_nursery() as nursery:
+            for host in await self._records(Host):
+                nursery.start_soon(ask, host)
+        return sorted(rows, key=lambda row: (str(row["host"]), str(row["peer"]), str(row["link"])))
 
     async def _remove_host(self, call: Call) -> Answer:
         await self._command(commands.RemoveHost(HostName(call.text("name"))))

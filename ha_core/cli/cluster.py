@@ -131,6 +131,13 @@ def list_hosts(center: str, key: Path, as_json: bool) -> None:
     _show(cast(Rows, _ask(center, key, "host.list")), HOST_COLUMNS, as_json)
 
 
+@host.command("paths")
+@_asks_center
+def list_paths(center: str, key: Path, as_json: bool) -> None:
+    """Every path between hosts: its state and round trip."""
+    _show(cast(Rows, _ask(center, key, "host.paths")), ("host", "peer", "link", "state", "rtt_ms"), as_json)
+
+
 @host.command("remove")
 @click.argument("name")
 @_asks_center
