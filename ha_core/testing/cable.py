@@ -81,6 +81,8 @@ class Cable:
     """Added to everything sent or received over it."""
     loss: float = 0.0
     """Part of the datagrams that it loses; TCP is only delayed."""
+    sent_bytes: int = 0
+    """What the host sent over it and was forwarded."""
 
 
 @attrs.define(eq=False)
@@ -107,6 +109,10 @@ class _Flow:
             end is not None and end.loss > 0 and self.board.rng.random() < end.loss for end in (self.sender, self.receiver)
         )
 
+    def count(self, size: int) -> None:
+        if self.sender is not None:
+            self.sender.sent_bytes += size
+
     async def wait_open(self) -> None:
         while self.is_cut():
             await self.board.changed.wait()
@@ -119,7 +125,6 @@ class Switchboard:
         self.rng = random.Random(seed)
         self.changed = trio.Event()
         self.partitions: set[tuple[str, str, str]] = set()
-        self.forwarded_bytes = 0
         self._nursery = nursery
         self._cables: dict[tuple[str, str], Cable] = {}
         self._by_ip: dict[str, Cable] = {}
@@ -287,17 +292,18 @@ class Switchboard:
             return
         delay_s = flow.delay_s()
         if delay_s:
-            self._nursery.start_soon(self._send_late, out, data, target, delay_s)
+            self._nursery.start_soon(self._send_late, out, data, target, flow, delay_s)
         else:
-            self._send(out, data, target)
+            self._send(out, data, target, flow)
 
-    async def _send_late(self, out: socket.socket, data: bytes, target: tuple[str, int], delay_s: float) -> None:
+    async def _send_late(self, out: socket.socket, data: bytes, target: tuple[str, int], flow: _Flow, delay_s: float) -> None:
         await trio.sleep(delay_s)
-        self._send(out, data, target)
+        self._send(out, data, target, flow)
 
-    def _send(self, out: socket.socket, data: bytes, target: tuple[str, int]) -> None:
+    @staticmethod
+    def _send(out: socket.socket, data: bytes, target: tuple[str, int], flow: _Flow) -> None:
         with suppress(OSError):  # a full or closed socket loses datagrams, as a cable does
-            self.forwarded_bytes += out.sendto(data, target)
+            flow.count(out.sendto(data, target))
 
 
 @attrs.define(eq=False)
@@ -356,7 +362,7 @@ class _Pump:
                     await self.flow.wait_open()
                     continue
                 rest = rest[sent:]
-            self.flow.board.forwarded_bytes += len(data)
+            self.flow.count(len(data))
         except OSError:  # the receiver is gone; its reset travels back on the other direction
             await self.back.wait_open()
             self._reset()
