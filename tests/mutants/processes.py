@@ -17,6 +17,14 @@ MUTANTS: list[Mutant] = [
         test=GUARD_TEST + "test_with_every_agent_killed_vms_end_at_their_deadline_and_not_before",
     ),
     Mutant(
+        name="H19 a watcher that stood still takes the others for hung",
+        file=GUARD + "watch.py",
+        old="if lag_ns > self.tick_ns:",
+        new="if lag_ns < 0:",
+        invariant="I45",
+        test="tests/guard/test_watch.py::test_time_in_which_the_watcher_itself_stood_still_does_not_count",
+    ),
+    Mutant(
         name="H20 two processes restart the guard",
         file="ha_core/runtime/watchdog.py",
         old="if not take_lock(lock):",
