@@ -9,10 +9,12 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
+
+import trio
 
 from benchmarks.harness import ROOT
 
@@ -70,3 +72,8 @@ def say(**answer: object) -> None:
 def work(roles: Mapping[str, Callable[[Answer], None]]) -> None:
     """The main of a worker module: its role and its argument are on the command line."""
     roles[sys.argv[1]](json.loads(sys.argv[2]))
+
+
+def work_async(roles: Mapping[str, Callable[[Answer], Awaitable[None]]]) -> None:
+    """``work`` for roles that run under trio."""
+    trio.run(roles[sys.argv[1]], json.loads(sys.argv[2]))
