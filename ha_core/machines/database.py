@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import attrs
+
 from ha_core.config import Profile, ns
 from ha_core.errors import DecodeError
-from ha_core.ids import ChannelName, NodeId, ReplicaId
+from ha_core.ids import ChannelName, NodeId, ReplicaId, SessionId
 from ha_core.machines.contract import Effect, Event, Rng
 from ha_core.machines.database_client import DatabaseClient, consumed, send_requests
 from ha_core.machines.database_events import (
@@ -81,6 +83,12 @@ CHECKPOINT_MIN_BYTES = 8 << 20
 BOOKMARK_NS = 5_000_000_000
 
 
+@attrs.frozen
+class _Peer:
+    session: SessionId | None
+    life: int
+
+
 class DatabaseMachine:
     """A machine by the contract; ``state`` may be read by the parent between its steps."""
 
@@ -114,7 +122,8 @@ class DatabaseMachine:
         )
         self._raft_events: list[Event] = []
         self._effects: list[Effect] = []
-        self._up: dict[NodeId, None] = {}
+        self._up: dict[NodeId, _Peer] = {}
+        self._lives = 0
         self._known: dict[NodeId, None] = {}
         self._announced: tuple[NodeId | None, int] = (None, 0)
         self._checkpoint_min_bytes = checkpoint_min_bytes
@@ -145,8 +154,9 @@ class DatabaseMachine:
                     self._arrived(event, channel, now_ns)
                 case DatagramArrived(peer, body):
                     self._raft_events.append(RaftReceived(peer, body))
-                case PeerUp(peer):
-                    self._up[peer] = None
+                case PeerUp(peer, session):
+                    self._lives += 1
+                    self._up[peer] = _Peer(session, self._lives)
                     self._raft_events.append(PeerReady(peer))
                     client.peer_up(peer, now_ns)
                 case PeerDown(peer):
@@ -241,19 +251,28 @@ class DatabaseMachine:
             self._refused_count += 1
             return
         server, watches = self._server, self._watches
+        origin = self._origin(peer)
         match message:
             case Requests(requests):
                 for number, request in requests:
-                    server.submit(peer, number, request, now_ns)
+                    server.submit(origin, number, request, now_ns)
             case Replies(replies):
                 for number, outcome in replies:
                     self._client.replied(peer, number, outcome, now_ns)
             case WatchOpen(watch, prefix, after):
-                watches.open((peer, watch), prefix, after)
+                watches.open((origin, watch), prefix, after)
             case WatchTake(watch, count):
-                watches.taken((peer, watch), count)
+                watches.taken((origin, watch), count)
             case WatchClose(watch):
-                watches.close((peer, watch))
+                watches.close((origin, watch))
+
+    def _origin(self, peer: NodeId) -> Origin:
+        known = self._up.get(peer)
+        return peer, 0 if known is None else known.life
+
+    def _send_run(self, to: NodeId, channel: ChannelName, bodies: Sequence[bytes], priority: Priority) -> None:
+        session = self._up[to].session
+        self._effects.append(Send(SendRun(to, channel, bodies, priority, session=session)))
 
     # -- between the children --
 
@@ -291,20 +310,25 @@ class DatabaseMachine:
                     for number, request in requests:
                         self._server.submit(None, number, request, now_ns)
                 else:
-                    self._effects.append(send_requests(target, requests))
+                    self._effects.append(send_requests(target, self._up[target].session, requests))
             self._answer(now_ns)
 
     def _answer(self, now_ns: int) -> None:
         answers, self._server.answers = self._server.answers, []
-        remote: dict[NodeId, list[tuple[int, DatabaseOutcome]]] = {}
+        remote: dict[tuple[NodeId, int], list[tuple[int, DatabaseOutcome]]] = {}
         for origin, number, outcome in answers:
             if origin is None:
                 self._client.replied(self._node, number, outcome, now_ns)
             else:
                 remote.setdefault(origin, []).append((number, outcome))
         for origin, replies in remote.items():
-            if origin in self._up:
-                self._effects.append(Send(SendRun(origin, DATABASE, encode_replies(replies), Priority.URGENT)))
+            if self._is_present(origin):
+                self._send_run(origin[0], DATABASE, encode_replies(replies), Priority.URGENT)
+
+    def _is_present(self, origin: tuple[NodeId, int]) -> bool:
+        """It still is the session in which it asked; in a new one our answer would be taken for another's."""
+        known = self._up.get(origin[0])
+        return known is not None and known.life == origin[1]
 
     def _carry_out(self, effects: Sequence[Effect], now_ns: int) -> None:
         runs: dict[tuple[NodeId, Lane], list[bytes]] = {}
@@ -344,7 +368,7 @@ class DatabaseMachine:
                     self._effects.append(effect)
         for (to, lane), bodies in runs.items():
             channel, priority = (RAFT, Priority.URGENT) if lane is Lane.APPEND else (RAFT_SNAPSHOT, Priority.BACKGROUND)
-            self._effects.append(Send(SendRun(to, channel, bodies, priority)))
+            self._send_run(to, channel, bodies, priority)
 
     def _apply_deferred(self, now_ns: int) -> None:
         self._deferred_ns = None
@@ -398,8 +422,8 @@ class DatabaseMachine:
     def _deliver(self, messages: Sequence[tuple[Origin, WatchDeliver | WatchEnd]]) -> None:
         for origin, message in messages:
             if origin is not None:
-                if origin in self._up:
-                    self._effects.append(Send(SendRun(origin, DATABASE, [encode_watch(message)], Priority.URGENT)))
+                if self._is_present(origin):
+                    self._send_run(origin[0], DATABASE, [encode_watch(message)], Priority.URGENT)
             elif isinstance(message, WatchDeliver):
                 self._effects.append(WatchEvents(message.watch, message.revision, message.changes))
             else:

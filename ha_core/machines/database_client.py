@@ -18,7 +18,7 @@ from typing import TypeAlias
 import attrs
 
 from ha_core.errors import DecodeError
-from ha_core.ids import NodeId
+from ha_core.ids import NodeId, SessionId
 from ha_core.machines.contract import Effect, Event
 from ha_core.machines.database_events import (
     DATABASE,
@@ -422,10 +422,10 @@ class DatabaseClient:
             self._send(number, self._pending[number], now_ns)
 
 
-def send_requests(to: NodeId, requests: Sequence[tuple[int, ClientRequest]]) -> Send:
+def send_requests(to: NodeId, session: SessionId | None, requests: Sequence[tuple[int, ClientRequest]]) -> Send:
     """Requests as one run for another node."""
     bodies = encode_requests([(number, one) for number, one in requests if not isinstance(one, Confirm)])
-    return Send(SendRun(to, DATABASE, bodies, Priority.URGENT))
+    return Send(SendRun(to, DATABASE, bodies, Priority.URGENT, session=session))
 
 
 def consumed(peer: NodeId, arrived: Arrived) -> Send:
@@ -446,6 +446,7 @@ class DatabaseClientMachine:
     def __init__(self, node: NodeId, servers: Sequence[NodeId], *, retry_ns: int, resend_ns: int) -> None:
         self._client = DatabaseClient(node, replica=False, retry_ns=retry_ns, resend_ns=resend_ns, servers=servers)
         self._watches: dict[int, _Watch] = {}
+        self._sessions: dict[NodeId, SessionId | None] = {}
         self._effects: list[Effect] = []
 
     def receive(self, events: Sequence[Event], now_ns: int) -> None:
@@ -464,7 +465,8 @@ class DatabaseClientMachine:
                 case CloseWatch(watch):
                     self._tell(watch, WatchClose(watch))
                     self._watches.pop(watch, None)
-                case PeerUp(peer):
+                case PeerUp(peer, session):
+                    self._sessions[peer] = session
                     client.peer_up(peer, now_ns)
                     self._place_watches()
                 case PeerDown(peer):
@@ -511,7 +513,9 @@ class DatabaseClientMachine:
     def _tell(self, number: int, message: WatchOpen | WatchTake | WatchClose) -> None:
         watch = self._watches.get(number)
         if watch is not None and watch.target is not None:
-            self._effects.append(Send(SendRun(watch.target, DATABASE, [encode_watch(message)], Priority.URGENT)))
+            session = self._sessions.get(watch.target)
+            run = SendRun(watch.target, DATABASE, [encode_watch(message)], Priority.URGENT, session=session)
+            self._effects.append(Send(run))
 
     def handle_timer(self, now_ns: int) -> None:
         timer = self._client.next_timer()
@@ -523,7 +527,7 @@ class DatabaseClientMachine:
 
     def take_effects(self) -> list[Effect]:
         for target, requests in self._client.take_out().items():
-            self._effects.append(send_requests(target, requests))
+            self._effects.append(send_requests(target, self._sessions.get(target), requests))
         effects = self._effects + self._client.effects
         self._effects, self._client.effects = [], []
         return effects

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import attrs
 
-from ha_core.ids import ChannelName, LeaseToken, NodeId, Revision
+from ha_core.ids import ChannelName, LeaseToken, NodeId, Revision, SessionId
 from ha_core.machines.contract import Effect, Event
 from ha_core.machines.keyvalue.model import (
     Call,
@@ -165,7 +165,10 @@ class CloseWatch(Event):
 
 @attrs.frozen
 class PeerUp(Event):
+    """A session stands; what we send is meant for it and none other."""
+
     peer: NodeId
+    session: SessionId | None = None
 
 
 @attrs.frozen
@@ -265,8 +268,8 @@ def from_endpoint(effect: Effect) -> Event | None:
             return Arrived(peer, channel, bodies) if channel in CHANNELS else None
         case DeliverDatagram(peer=peer, topic=topic, body=body):
             return DatagramArrived(peer, body) if topic == RAFT else None
-        case SessionUp(peer=peer):
-            return PeerUp(peer)
+        case SessionUp(peer=peer, session=session):
+            return PeerUp(peer, session)
         case SessionDown(peer=peer):
             return PeerDown(peer)
     return None

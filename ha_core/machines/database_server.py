@@ -60,8 +60,8 @@ PAGE_RECORDS = 10_000
 SESSION_IDLE_NS = 3_600_000_000_000
 SWEEP_NS = 60_000_000_000
 
-Origin: TypeAlias = NodeId | None
-"""Who asked; None: this node."""
+Origin: TypeAlias = tuple[NodeId, int] | None
+"""Who asked, and in which of its sessions with us (a process that restarts numbers its requests anew); None: this node."""
 ServerRequest: TypeAlias = WireRequest | Confirm
 
 
@@ -148,9 +148,9 @@ class DatabaseServer:
                     self.raft_events.append(TransferLeadership(to))
                     self.answers.append((origin, number, Done()))
 
-    def forget(self, origin: NodeId) -> None:
+    def forget(self, peer: NodeId) -> None:
         """A client's session is down: it will ask again."""
-        self._reads = [one for one in self._reads if one.origin != origin]
+        self._reads = [one for one in self._reads if one.origin is None or one.origin[0] != peer]
 
     def flush(self) -> None:
         """Hand what was collected to Raft."""
@@ -278,7 +278,9 @@ class DatabaseServer:
                 group = None
             if kind is EntryKind.COMMAND:
                 replies = state.apply(LogIndex(index), data, None if group is None else group.commands)
-                if self.ready and type(replies[0]) is Granted:
+                first = replies[0]
+                # A repeated request is answered from its session with the token of then: only a new Grant begins to count.
+                if self.ready and type(first) is Granted and first.token == index:
                     self._leases.granted(index, state.leases[index].ttl_ns, now_ns)
                 if group is not None:
                     self._answer(group, replies)

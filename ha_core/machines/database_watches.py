@@ -7,13 +7,14 @@ from typing import TypeAlias
 
 from ha_core.errors import CompactedError
 from ha_core.ids import NodeId
+from ha_core.machines.database_server import Origin
 from ha_core.machines.database_wire import WatchDeliver, WatchEnd
 from ha_core.machines.keyvalue.machine import KeyValue
 from ha_core.machines.keyvalue.watches import Watches, WatchOver, WatchRun
 
-WatchKey: TypeAlias = tuple[NodeId | None, int]
+WatchKey: TypeAlias = tuple[Origin, int]
 """(who watches, None for this node; its number there)."""
-WatchAnswer: TypeAlias = tuple[NodeId | None, WatchDeliver | WatchEnd]
+WatchAnswer: TypeAlias = tuple[Origin, WatchDeliver | WatchEnd]
 
 
 class ServedWatches:
@@ -64,9 +65,11 @@ class ServedWatches:
         self._opening.pop(key, None)
         self._hub.close(key)
 
-    def forget(self, origin: NodeId) -> None:
-        for key in [key for key in (*self._hub.keys(), *self._opening) if key[0] == origin]:
-            self.close(key)
+    def forget(self, peer: NodeId) -> None:
+        for key in (*self._hub.keys(), *self._opening):
+            origin, _ = key
+            if origin is not None and origin[0] == peer:
+                self.close(key)
 
     def taken(self, key: WatchKey, count: int) -> None:
         self._hub.taken(key, count)

@@ -164,7 +164,7 @@ class HostMachine:
             case SessionUp(peer):
                 self._peer(peer).has_session = True
                 self._note(peer, now_ns)
-                above.append(PeerUp(peer))
+                above.append(PeerUp(peer, effect.session))
                 below.append(SendRun(peer, INTRODUCTION, [self._introduction], Priority.URGENT))
                 self._effects.append(effect)
             case SessionDown(peer):

@@ -232,6 +232,25 @@ def test_a_request_whose_reply_is_lost_is_applied_once() -> None:
     assert value(cluster.call(client, Get(b"\x00ha/k"))) == b"ab"
 
 
+def test_a_client_that_restarts_gets_no_answer_meant_for_its_former_life() -> None:
+    """It numbers its requests anew."""
+    for delay_us in range(0, 1_000, 100):
+        cluster = Cluster(clients=1)
+        cluster.leader()
+        (client,) = cluster.clients
+        cluster.call(client, put(b"warm", b"up"))
+        for _ in range(30):
+            cluster.submit(client, Change((Compare.missing(b"no"),)))
+        cluster.run_for(delay_us * 1_000)
+        cluster.crash(client)
+        cluster.start(client)
+        requests = [cluster.submit(client, Change((Compare.exists(b"no"),))) for _ in range(30)]
+        replies = cluster.processes[client].replies
+        cluster.run_until(lambda requests=requests, replies=replies: set(requests) <= set(replies))  # type: ignore[misc]
+
+        assert not any(isinstance(reply, Outcome) and reply.succeeded for reply in replies.values())
+
+
 def test_an_unknown_fate_is_said_and_its_request_can_be_repeated_exactly_once() -> None:
     cluster = Cluster(procedures=PROCEDURES, clients=1)
     cluster.leader()
