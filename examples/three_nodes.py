@@ -20,7 +20,7 @@ async def follow(node: Node, seen: list[bytes], *, task_status: trio.TaskStatus[
     async with node.database.watch(b"colour/") as watch:
         task_status.started()
         async for revision in watch:
-            seen += [event.value for event in revision.events]
+            seen += [event.record.value for event in revision.events if event.record is not None]
 
 
 async def main(folder: Path) -> None:
