@@ -133,6 +133,8 @@ class Config:
     memory_mib: int = 16384
     max_transaction_s: float = 0.5
     outbox_max_bytes: int = 64 << 20
+    message_attempts: int = 5
+    """How often a durable message is handled before it becomes a dead letter."""
 
     def __attrs_post_init__(self) -> None:
         parse_node_id(self.node)
@@ -154,6 +156,8 @@ class Config:
             raise ConfigError("max_transaction_s: expected a positive number of seconds", field="max_transaction_s")
         if self.outbox_max_bytes < 1 << 20:
             raise ConfigError("outbox_max_bytes: expected at least 1048576", field="outbox_max_bytes")
+        if self.message_attempts < 1:
+            raise ConfigError("message_attempts: expected at least 1", field="message_attempts")
 
     @property
     def key_path(self) -> Path:

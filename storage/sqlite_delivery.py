@@ -9,7 +9,7 @@ from typing import Final, TypeVarTuple
 import attrs
 import outcome
 
-from ha_core.errors import invariant
+from ha_core.errors import OutboxFullError, invariant
 from ha_core.ids import NodeId
 from ha_core.machines.durable import REPLY_PREFIX
 from ha_core.machines.durable_events import Attempt, Batch, RunBatch
@@ -37,6 +37,8 @@ class Delivered:
     digest: bytes
     error: str = ""
     value: object = None
+    blocked: bool = False
+    """There was no room, on the disk or in the outbox: nobody's fault, to be tried again."""
 
 
 def deliver(
@@ -47,30 +49,32 @@ def deliver(
     What succeeded before a message that keeps raising is kept, and the cursor stands before it.
     """
     done = 0
-    error = ""
+    failure: BaseException | None = None
     bodies = batch.bodies
-    while done < len(bodies) and not error:
+    while done < len(bodies) and failure is None:
         piece = bodies if max_batch >= len(bodies) else bodies[done : done + max_batch]
         result = tx.within(handler, Batch(batch.peer, batch.store, to, batch.name, batch.first + done, piece))
         if isinstance(result, outcome.Value):
             done += len(piece)
         elif len(piece) == 1:
-            error = _text(result)
+            failure = _error_of(result)
         else:
-            handled, error = _one_by_one(tx, batch, to, handler, done, len(piece))
+            handled, failure = _one_by_one(tx, batch, to, handler, done, len(piece))
             done += handled
-    return _step(tx, batch, done, error)
+    if isinstance(failure, OutboxFullError):
+        return attrs.evolve(_step(tx, batch, done, ""), blocked=True)
+    return _step(tx, batch, done, "" if failure is None else _text(failure))
 
 
 def _one_by_one(
     tx: Transaction, batch: RunBatch, to: NodeId, handler: Callable[[Transaction, Batch], object], start: int, count: int
-) -> tuple[int, str]:
+) -> tuple[int, BaseException | None]:
     for at in range(start, start + count):
         one = Batch(batch.peer, batch.store, to, batch.name, batch.first + at, batch.bodies[at : at + 1])
         result = tx.within(handler, one)
         if isinstance(result, outcome.Error):
-            return at - start, _text(result)
-    return count, ""
+            return at - start, _error_of(result)
+    return count, None
 
 
 def commit_inbox(
@@ -84,12 +88,13 @@ def commit_inbox(
 
 
 def set_aside(tx: Transaction, batch: RunBatch) -> Delivered:
-    """The one message of ``batch`` becomes a dead letter; the cursor steps over it (I12)."""
-    tx.own(
-        "INSERT INTO ha_dead_letters VALUES (?,?,?,?,?,?,?)",
-        (batch.store, batch.name, batch.first, batch.peer, batch.bodies[0], batch.dead_letter, time.time()),
-    )
-    return _step(tx, batch, 1, "")
+    """What is in ``batch`` becomes dead letters; the cursor steps over it (I12)."""
+    for number, body in enumerate(batch.bodies, batch.first):
+        tx.own(
+            "INSERT INTO ha_dead_letters VALUES (?,?,?,?,?,?,?)",
+            (batch.store, batch.name, number, batch.peer, body, batch.dead_letter, time.time()),
+        )
+    return _step(tx, batch, len(batch.bodies), "")
 
 
 def record_attempt(tx: Transaction, batch: RunBatch, attempt: Attempt) -> None:
@@ -145,6 +150,9 @@ def _step(tx: Transaction, batch: RunBatch, done: int, error: str) -> Delivered:
     return Delivered(after, digest, error)
 
 
-def _text(result: outcome.Outcome[object]) -> str:
-    exc = result.error if isinstance(result, outcome.Error) else None
-    return f"{type(exc).__name__}: {exc}"[:1000]
+def _error_of(result: outcome.Outcome[object]) -> BaseException | None:
+    return result.error if isinstance(result, outcome.Error) else None
+
+
+def _text(failure: BaseException) -> str:
+    return f"{type(failure).__name__}: {failure}"[:1000]

@@ -26,7 +26,7 @@ from ha_core.storage.sqlite_bridge import Connection, connect
 
 WAL_LIMIT_BYTES: Final = 16 << 20
 """The WAL file is cut back to this after a checkpoint: a large transaction must not hold its space for ever."""
-CLOSE_S: Final = 5.0
+CLOSE_S: Final = 2.0
 """How long closing waits for a thread that is still inside a transaction before it lets go of it."""
 
 

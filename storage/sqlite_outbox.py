@@ -58,6 +58,8 @@ class OutgoingRecord:
     """What it holds of the outbox, with what is pending."""
     pending: list[bytes] = attrs.field(factory=list)
     pending_bytes: int = 0
+    wanted_bytes: int = 0
+    """What was last refused for want of room."""
     touched: int = 0
     """The serial of the last function that sent on it."""
 
@@ -119,11 +121,11 @@ class Outbox:
             raise ForkedError(f"{to}, channel {name!r}: stopped: {record.forked}")
         return record
 
-    def has_room(self, to: NodeId, name: ChannelName, byte_count: int) -> bool:
-        """Whether a message of ``byte_count`` would be admitted now; also from the trio thread."""
+    def has_room(self, to: NodeId, name: ChannelName) -> bool:
+        """Whether what was refused last would be admitted now; also from the trio thread."""
         record = self.records.get((to, name))
-        used = record.used_bytes if record is not None else 0
-        return used + byte_count + MESSAGE_BYTES <= self._limit_bytes - self.total_bytes
+        used, wanted = (0, 0) if record is None else (record.used_bytes, record.wanted_bytes)
+        return used + max(wanted, 1024) <= self._limit_bytes - self.total_bytes
 
     def add(self, record: OutgoingRecord, body: bytes, *, admit: bool = True) -> int:
         """Take a message; its number.
@@ -133,6 +135,12 @@ class Outbox:
         """
         size = len(body) + MESSAGE_BYTES
         if record.used_bytes + size > self._limit_bytes - self.total_bytes and admit:
+            record.wanted_bytes = record.pending_bytes + size
+            if 2 * record.wanted_bytes > self._limit_bytes:
+                raise LocalProtocolError(
+                    f"{record.to}, channel {record.name!r}: one transaction sends {record.wanted_bytes} bytes and more, "
+                    f"the outbox takes {self._limit_bytes // 2} on a channel: send less at once or raise outbox_max_bytes"
+                )
             raise OutboxFullError(
                 f"{record.to}, channel {record.name!r}: the outbox has no room (it holds {self.total_bytes} of "
                 f"{self._limit_bytes} bytes, {record.used_bytes} of them for this channel): wait_for_room, then call again"

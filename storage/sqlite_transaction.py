@@ -249,7 +249,7 @@ class Transaction:
 
     def _translate(self, exc: sqlite3.Error) -> BaseException:
         code = (exc.sqlite_errorcode if hasattr(exc, "sqlite_errorcode") else 0) & 0xFF
-        if code in FATAL or not self._database.in_transaction:
+        if code in FATAL or code == sqlite3.SQLITE_FULL or not self._database.in_transaction:
             return GroupEndedError(exc)
         if code == sqlite3.SQLITE_INTERRUPT:
             self._doom = StorageError(f"{self._name} ran longer than max_transaction_s allows and was rolled back")

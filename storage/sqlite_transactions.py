@@ -31,7 +31,7 @@ import msgpack
 import outcome
 import trio
 
-from ha_core.errors import CorruptRecordError, StorageError, StorageFullError, invariant
+from ha_core.errors import CorruptRecordError, HAError, StorageError, StorageFullError, invariant
 from ha_core.ids import Boot, ChannelName, NodeId, StoreId
 from ha_core.machines.durable_events import Attempt, IncomingState, OutboxRun, OutgoingState
 from ha_core.machines.handshake import extend_boots_digest
@@ -81,6 +81,7 @@ class Job:
     done: Callable[[outcome.Outcome[object]], None]
     taken: bool = False
     cancelled: bool = False
+    finished: bool = False
     result: outcome.Outcome[object] | None = None
 
 
@@ -121,6 +122,10 @@ class TransactionStore:
         self._poison: StorageError | None = None
         self._current: tuple[str, int] | None = None
         self._group_count = 0
+        self._in_hand: list[Job] = []
+        self._abandoned = False
+        self.on_freed: Callable[[], None] = lambda: None
+        """Called in trio when acknowledged messages were deleted: there is more room."""
 
     # -- for the node --
 
@@ -193,8 +198,20 @@ class TransactionStore:
 
         self.submit(Job(run, "fork", lambda result: None))
 
-    def has_room(self, to: NodeId, name: ChannelName, byte_count: int) -> bool:
-        return self._outbox.has_room(to, name, byte_count)
+    def has_room(self, to: NodeId, name: ChannelName) -> bool:
+        """Whether the outbox would admit what it refused last on that channel."""
+        return self._outbox.has_room(to, name)
+
+    def abandon(self, error: HAError) -> None:
+        """The writer does not come back: whoever waits hears ``error``, and nothing more is committed."""
+        with self._lock:
+            self._abandoned = True
+            jobs = [*self._in_hand, *(job for job in self._queue if not job.cancelled)]
+            self._queue.clear()
+            for job in jobs:
+                job.taken = True
+        for job in jobs:
+            self._finish(job, outcome.Error(error))
 
     def set_peers(self, peers: frozenset[NodeId]) -> None:
         """Nodes to which functions may send; others are refused by name."""
@@ -241,6 +258,7 @@ class TransactionStore:
                     return
                 self._flush_wanted = False
                 acked, self._acked = self._acked, {}
+                self._in_hand = jobs
             self._run(jobs, acked)
 
     def _run(self, jobs: list[Job], acked: Mapping[tuple[NodeId, ChannelName], tuple[int, bytes]]) -> None:
@@ -255,10 +273,10 @@ class TransactionStore:
             except _Broken as broken:
                 work.extendleft(reversed(self._after_break(group, broken)))
             else:
-                acked = {}
                 self._group_count += 1
                 requested = frozenset(self._tx.requested)
-                self._post(partial(self._deliver, group, runs, requested))
+                self._post(partial(self._deliver, group, runs, requested, bool(acked)))
+                acked = {}
         if acked:
             with self._lock:
                 self._acked = {**acked, **self._acked}
@@ -282,6 +300,8 @@ class TransactionStore:
             if acked:
                 self._outbox.forget(acked)
             runs = self._outbox.write()
+            if self._abandoned:
+                raise StorageError(f"{self.path}: the node has stopped")
             tx.own("COMMIT")
         except (GroupEndedError, Exception) as exc:
             self._current = None
@@ -333,7 +353,7 @@ class TransactionStore:
     def _hand_back(self, group: list[Job], error: BaseException) -> None:
         for job in group:
             job.result = outcome.Error(error)
-        self._post(partial(self._deliver, group, [], frozenset()))
+        self._post(partial(self._deliver, group, [], frozenset(), False))
 
     def _post(self, function: Callable[[], None]) -> None:
         try:
@@ -347,12 +367,19 @@ class TransactionStore:
         logger.error("%s", error)
         self.on_failed(error)
 
-    def _deliver(self, group: list[Job], runs: list[OutboxRun], requested: frozenset[ChannelName]) -> None:
+    def _deliver(self, group: list[Job], runs: list[OutboxRun], requested: frozenset[ChannelName], freed: bool) -> None:
         if runs:
             self.on_commit(runs, requested)
         for job in group:
             invariant(job.result is not None, "a job is done without a result", job=job.name)
-            job.done(cast("outcome.Outcome[object]", job.result))
+            self._finish(job, cast("outcome.Outcome[object]", job.result))
+        if freed:
+            self.on_freed()
+
+    def _finish(self, job: Job, result: outcome.Outcome[object]) -> None:
+        if not job.finished:
+            job.finished = True
+            job.done(result)
 
 
 @asynccontextmanager

@@ -171,7 +171,8 @@ class BatchDone(Event):
     """The transaction that handled a batch is durable: the channel's cursor stands at (``cursor``, ``digest``).
 
     ``error``: what the handler raised for message ``cursor`` + 1; empty if there was no failure. A batch that nobody
-    handled (its inbox closed) is done with the old cursor and no error.
+    handled (its inbox closed) is done with the old cursor and no error; so is one for which there was no room just now, on
+    the disk or in the outbox (``blocked``): it is tried again after a pause and that counts as no failure.
     """
 
     store: StoreId
@@ -179,6 +180,7 @@ class BatchDone(Event):
     cursor: int
     digest: bytes
     error: str = ""
+    blocked: bool = False
 
 
 # -- effects --

@@ -38,6 +38,7 @@ from ha_core.machines.durable_wire import (
 BATCH_COUNT: Final = 2048
 """Messages in one RunBatch, at most: they are handled in one transaction."""
 FIRST_RETRY_NS: Final = 50_000_000
+BLOCKED_NS: Final = 100_000_000
 MAX_RETRY_NS: Final = 5_000_000_000
 NARROWING: Final = 8
 """By what a suspected batch shrinks with each crash."""
@@ -191,7 +192,10 @@ class Receiver:
                 channel.attempt = None
             self._grant(channel)
             self._announce(channel)
-        if event.error:
+        if event.blocked:
+            channel.retry_ns = now_ns + BLOCKED_NS
+            self._retrying[event.store, event.name] = channel
+        elif event.error:
             channel.failures += 1
             channel.error = event.error
             pause_ns = min(FIRST_RETRY_NS << min(channel.failures - 1, 20), MAX_RETRY_NS)

@@ -15,8 +15,17 @@ from ha_core.runtime.clock import now_ns
 
 
 class Driver:
-    def __init__(self, machine: Machine, perform: Callable[[Sequence[Effect]], None]) -> None:
-        """``perform`` must not wait; events that it posts are fed in the same run of the driver."""
+    def __init__(
+        self,
+        machine: Machine,
+        perform: Callable[[Sequence[Effect]], None],
+        collect: Callable[[], Sequence[Event]] | None = None,
+    ) -> None:
+        """``perform`` must not wait; events that it posts are fed in the same run of the driver.
+
+        ``collect`` is asked for further events before each feeding: of what many tasks gather into one (``post()`` wakes).
+        """
+        self._collect = collect
         self._machine = machine
         self._perform = perform
         self._events: list[Event] = []
@@ -38,6 +47,8 @@ class Driver:
         try:
             while True:
                 batch, self._events = self._events, []
+                if self._collect is not None:
+                    batch.extend(self._collect())
                 feed(self._machine, batch, now_ns(), self)
                 if not self._events:
                     break
