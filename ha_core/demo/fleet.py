@@ -14,7 +14,7 @@ import trio
 from ha_core.demo.world import DemoHost, World
 from ha_core.errors import NodeFailedError
 
-INTERVAL_S = 0.01
+INTERVAL_S = 0.02
 
 
 @attrs.define(eq=False)
