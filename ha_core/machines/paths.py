@@ -4,7 +4,8 @@ Rules:
 
 * Evidence is proof about something that *we* sent on *this* connection: the answer to a probe, or the peer's absolute count
   of frames received on it. What we receive proves nothing about our own direction.
-* Round trips are sampled from probes only, each with its own id, less the time that the peer says it spent on it.
+* Round trips are sampled from probes only, each with its own id, less the time that the peer says it spent on it. One that
+  took longer than the probe timeout is no sample.
 * A deadline counts from the oldest frame without evidence. Whatever our own loop came late is added to every deadline.
 * At the first probe timeout data is copied to a second path; at the second one the path is SUSPECT, but only if another path
   of the same peer gave evidence meanwhile: all of them silent at once means a slow peer, not four broken networks.
@@ -40,6 +41,7 @@ MIN_REDIAL_NS = 50 * MILLISECOND_NS
 MAX_REDIAL_NS = 10 * SECOND_NS
 MARK_NS = MILLISECOND_NS
 MAX_PINGS = 16
+MAX_DOUBTFUL = 8
 
 NEW, PROBING, UP, SUSPECT, DOWN = PathState
 
@@ -79,9 +81,8 @@ class RoundTrip:
     smoothed_ns: int = 0
     variance_ns: int = 0
 
-    def update(self, sample_ns: int, peer_delay_ns: int) -> None:
-        """Fold in one sample, less the time that the peer spent on it (never below zero)."""
-        sample_ns = max(0, sample_ns - min(peer_delay_ns, sample_ns))
+    def update(self, sample_ns: int) -> None:
+        """Fold in one sample, less the time that the peer spent on it."""
         if self.smoothed_ns == 0:
             self.smoothed_ns, self.variance_ns = sample_ns, sample_ns // 2
             return
@@ -120,6 +121,8 @@ class Liveness:
     marks: deque[tuple[int, int]] = attrs.field(factory=deque)
     pings: dict[int, int] = attrs.field(factory=dict)
     next_ping: int = 1
+    doubtful: list[int] = attrs.field(factory=list)
+    """Round trips beyond the timeout since the last one within it."""
     round_trip: RoundTrip = attrs.field(factory=RoundTrip)
 
     def timeout_ns(self) -> int:
@@ -171,8 +174,20 @@ class Liveness:
             return False
         for older in [ping for ping in self.pings if ping < number]:
             del self.pings[older]
-        self.round_trip.update(now_ns - sent_ns, peer_delay_ns)
+        self._sample(max(0, now_ns - sent_ns - peer_delay_ns))
         return True
+
+    def _sample(self, sample_ns: int) -> None:
+        """A round trip beyond the timeout was an outage or a stall, and would make the next one be noticed late; only if
+        nothing else is seen for long, it is the path that became slower."""
+        if self.round_trip.smoothed_ns == 0 or sample_ns <= self.timeout_ns():
+            self.doubtful.clear()
+            self.round_trip.update(sample_ns)
+            return
+        self.doubtful.append(sample_ns)
+        if len(self.doubtful) == MAX_DOUBTFUL:
+            self.round_trip.update(min(self.doubtful))
+            self.doubtful.clear()
 
     def shift(self, lag_ns: int, earliest_ns: int) -> None:
         """Our own loop was late by so much: nothing that was sent before is to blame for it, and no deadline counts before

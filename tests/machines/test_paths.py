@@ -67,21 +67,41 @@ def test_only_evidence_leads_up_and_only_from_an_open_connection() -> None:
 
 def test_round_trips_follow_rfc_6298() -> None:
     trip = RoundTrip()
-    trip.update(8 * MS, 0)
+    trip.update(8 * MS)
     assert (trip.smoothed_ns, trip.variance_ns) == (8 * MS, 4 * MS)
 
-    trip.update(16 * MS, 0)
+    trip.update(16 * MS)
     assert (trip.smoothed_ns, trip.variance_ns) == (9 * MS, 5 * MS)
 
 
 def test_the_peers_own_delay_is_no_round_trip_and_cannot_make_it_negative() -> None:
-    trip = RoundTrip()
+    live = Liveness(FLOOR)
 
-    trip.update(50 * MS, 49 * MS)
-    assert trip.smoothed_ns == MS
-    trip.update(10 * MS, 400 * MS)
+    live.pong(live.ping(0), 49 * MS, 50 * MS)
+    assert live.round_trip.smoothed_ns == MS
+    live.pong(live.ping(0), 400 * MS, 10 * MS)
 
-    assert 0 < trip.smoothed_ns < MS
+    assert 0 < live.round_trip.smoothed_ns < MS
+
+
+def test_an_outage_is_no_round_trip() -> None:
+    live = Liveness(FLOOR)
+    live.pong(live.ping(0), 0, MS)
+
+    for number in [live.ping(at * MS) for at in range(10, 300, 50)]:
+        live.pong(number, 0, 350 * MS)
+
+    assert live.timeout_ns() == FLOOR
+
+
+def test_a_path_that_became_slower_is_believed_after_a_while() -> None:
+    live = Liveness(FLOOR)
+    live.pong(live.ping(0), 0, MS)
+
+    for n in range(40):
+        live.pong(live.ping(n * 1000 * MS), 0, (n * 1000 + 200) * MS)
+
+    assert 200 * MS < live.timeout_ns() < 600 * MS
 
 
 def test_the_probe_timeout_adapts_between_floor_and_a_second() -> None:
