@@ -81,7 +81,7 @@ class World:
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
         self.rng = rng = sim.stream("world")
-        self.profile = rng.choice([LAN, FAST])
+        self.profile = rng.choice([LAN, FAST, FAST])
         names = [f"h{number}" for number in range(1, rng.choice([3, 3, 4, 5]) + 1)]
         self.network = SimNetwork(sim, names, links=("a", "b"))
         self.messages = SimMessages(self.network)
@@ -271,7 +271,7 @@ class World:
                 priority=rng.choice([Priority.HIGHEST, Priority.HIGH, Priority.MEDIUM, Priority.MEDIUM, Priority.LOW]),
                 after=after,
                 memory_mib=rng.choice([256, 512, 2048]),
-                shutdown_ns=rng.choice([0, 0, 0, 300 * MILLISECOND]),
+                shutdown_ns=rng.choice([0, 0, 0, 300, 2000]) * MILLISECOND,
                 start_ns=rng.choice([50, 100, 400]) * MILLISECOND,
                 max_restart=rng.choice([0, 1, 1, 2]),
                 max_relocate=rng.choice([0, 1, 1]),
@@ -350,52 +350,76 @@ class World:
             self.sim.after(hang_ns, self._replace_hung, host, process, process.lives)
             return process.thaw
 
-        def all_stop(rng: random.Random, amount: float) -> Callable[[], None]:
+        def long_ns(rng: random.Random) -> int:
+            """Around the lease's length: the corners are there."""
+            return int(ns(self.profile.lease_s) * rng.uniform(0.4, 3.0))
+
+        def all_stop(rng: random.Random, amount: float) -> None:
             host = rng.choice(hosts)
             self.sim.fault("agents-stop-all")
-            for process in host.agents:
-                process.freeze(8 * SECOND)
-            return host.host.thaw
+            host.host.freeze(long_ns(rng))
 
-        def all_crash(rng: random.Random, amount: float) -> Callable[[], None]:
+        def all_crash(rng: random.Random, amount: float) -> None:
             host = rng.choice(hosts)
             self.sim.fault("agents-crash-all")
             for process in host.agents:
                 process.end(silent=False)
-            return host.start
+            self.sim.after(long_ns(rng), host.start)
 
-        def power_loss(rng: random.Random, amount: float) -> Callable[[], None]:
+        def power_loss(rng: random.Random, amount: float) -> None:
             host = rng.choice(hosts)
             host.power_off()
-            return host.start
+            self.sim.after(long_ns(rng), host.start)
+
+        def isolate(rng: random.Random, amount: float) -> None:
+            """One host, or the leader with one other, away from the rest; perhaps together with all of its agents' stop."""
+            self.sim.fault("isolation")
+            leading = [name for name, host in self.hosts.items() if self.leads(host)]
+            victims = {rng.choice(list(self.hosts))}
+            if leading and rng.random() < 0.5:
+                victims.add(rng.choice(leading))
+            cut = self.network.partition(sorted(victims))
+            duration_ns = long_ns(rng)
+            self.sim.after(duration_ns, cut.heal)
+            if rng.random() < 0.2:
+                self.hosts[min(victims)].host.freeze(int(duration_ns * rng.uniform(0.2, 1.2)))
 
         def vm_crash(rng: random.Random, amount: float) -> None:
             if rng.choice(hosts).hypervisor.crash_one(rng):
                 self.sim.fault("vm-crash")
 
         def fail_start(rng: random.Random, amount: float) -> Callable[[], None]:
-            hypervisor = rng.choice(hosts).hypervisor
-            hypervisor.fail_starts = amount
+            chosen = rng.sample(hosts, rng.randrange(1, len(hosts) + 1))
+            for host in chosen:
+                host.hypervisor.fail_starts = 0.3 + 0.6 * amount
 
             def end() -> None:
-                hypervisor.fail_starts = 0.0
+                for host in chosen:
+                    host.hypervisor.fail_starts = 0.0
 
             return end
 
         return [
             Fault("agent-crash", agent_crash, 2.0),
             Fault("agent-stop", agent_stop, 2.0),
+            Fault("isolation", isolate, 4.0),
             Fault("agents-stop-all", all_stop),
             Fault("agents-crash-all", all_crash),
-            Fault("power-loss", power_loss),
-            Fault("vm-crash", vm_crash),
-            Fault("fail-start", fail_start),
+            Fault("power-loss", power_loss, 2.0),
+            Fault("vm-crash", vm_crash, 2.0),
+            Fault("fail-start", fail_start, 2.0),
         ]
 
     @staticmethod
-    def _restart(process: SimProcess) -> None:
+    def leads(host: ClusterHost) -> bool:
+        machine = host.aam.machine if host.aam is not None else None
+        return isinstance(machine, AamMachine) and machine.coordinating
+
+    def _restart(self, process: SimProcess) -> None:
         process.crash_within(-1)
-        process.start()
+        host = next(host for host in self.hosts.values() if process in host.agents)
+        if host.booted:
+            process.start()
 
     def _replace_hung(self, host: ClusterHost, process: SimProcess, life: int) -> None:
         """Another agent of the host sees no beats: it kills the hung one and starts it anew."""
@@ -429,7 +453,7 @@ class ClusterCampaign:
     faults: Sequence[str] = (
         "loss", "delay", "reorder", "duplicate", "replay", "path-cut", "one-way-cut", "partition", "clog", "reset",
         "disk-slow", "disk-error", "disk-full", "disk-crash", "agent-crash", "agent-stop", "agents-stop-all",
-        "agents-crash-all", "power-loss", "vm-crash", "fail-start",
+        "isolation", "agents-crash-all", "power-loss", "vm-crash", "fail-start",
     )  # fmt: skip
 
     def play(self, sim: Simulation) -> None:

@@ -12,6 +12,7 @@ I50 "done" is heard only after the commit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from zlib import crc32
 
 import attrs
 
@@ -28,6 +29,10 @@ from ha_core.testing.simulator import SECOND, Simulation
 
 PLANS_NS = 1_500_000_000
 """A VM that became free so short a time ago may not be part of the plan that is being applied."""
+
+
+def hash_of(name: str, args: Sequence[Plain]) -> int:
+    return crc32(repr((name, args)).encode())
 
 
 @attrs.define
@@ -48,6 +53,7 @@ class ClusterChecker:
         self.executing: dict[VmName, list[Execution]] = {}
         self.assigns = 0
         self._assigned: dict[FencingToken, tuple[VmName, HostName]] = {}
+        self._entries: dict[int, int] = {}
         self._began: dict[VmName, FencingToken] = {}
         self._up: dict[FencingToken, int] = {}
         """Runs that executed for their VM's ``start_ns``, as the log was told: token -> when."""
@@ -66,6 +72,9 @@ class ClusterChecker:
         def run(tx: KvTransaction, index: LogIndex, args: Sequence[Plain]) -> Plain:
             first = index > self.truth.applied_index
             value = procedure(tx, index, args)
+            entry = hash_of(name, args)
+            if self._entries.setdefault(index, entry) != entry:
+                self.sim.violate("I47", f"entry {index} was acted on before it was committed: it is now another {name}")
             if first:
                 self._see(name, index, args, Outcome.decode(value), tx)
             return value

@@ -32,6 +32,7 @@ from ha_core.testing.simulator import MICROSECOND, MILLISECOND, SimHost, SimProc
 
 LOCAL_NS = 100 * MICROSECOND
 """Between two processes of one host."""
+BOOT_NS = 400 * MILLISECOND
 
 
 # -- the guard, as a machine of the contract --
@@ -243,7 +244,7 @@ class ClusterHost:
         self.sim = sim
         self.name = HostName(name)
         self.profile = profile
-        self.host = SimHost(sim, name, rate_ppm=rate_ppm, boot_ns=400 * MILLISECOND)
+        self.host = SimHost(sim, name, rate_ppm=rate_ppm, boot_ns=BOOT_NS)
         kill_ns = (ns(profile.margin_s) - ns(profile.lease_s) // 50) // 3
         self.hypervisor = Hypervisor(sim, self.host, checker, kill_ns)
         self.hypervisor.tell = self._tell_guard
@@ -254,7 +255,8 @@ class ClusterHost:
         self.aam: SimProcess | None = None
         self._codec = codec
         self._rng = sim.stream(f"host/{name}")
-        self._guards = 0
+        self._marked_boot = 0
+        self._booted_ns = -1
         self._asks: dict[int, tuple[int, StartVm | StopVm]] = {}
         self._last_ask = 0
         self.guard = self.host.add(SimProcess(sim, f"guard@{name}", self._build_guard, clock=self.host.clock, start=False))
@@ -277,7 +279,6 @@ class ClusterHost:
     # -- processes --
 
     def _build_guard(self, process: SimProcess) -> Machine:
-        self._guards += 1
         instance = self._rng.getrandbits(128).to_bytes(16, "big")
         now_ns = process.now_ns()
         first = self._marked_boot != self.host.boots
@@ -288,8 +289,6 @@ class ClusterHost:
         )  # fmt: skip
         guard.receive(self.hypervisor.found(), now_ns)
         return GuardMachine(guard)
-
-    _marked_boot = 0
 
     def _build_agent(self, process: SimProcess) -> Machine:
         self.sim.after(LOCAL_NS, self._connect_guard, process.lives)
@@ -311,6 +310,10 @@ class ClusterHost:
             reports = [_report(report) for report in machine.rules.reports()]
             self.sim.after(LOCAL_NS, self.agent.post, GuardReports(reports, complete=True))
 
+    @property
+    def booted(self) -> bool:
+        return self.host.powered and self.sim.now_ns > self._booted_ns
+
     def power_off(self) -> None:
         if self.host.powered:
             self.host.power_off()
@@ -320,9 +323,10 @@ class ClusterHost:
         """Power on, and every agent."""
         if not self.host.powered:
             self.host.power_on()
-            return
-        for process in self.agents:
-            process.start()
+            self._booted_ns = self.sim.now_ns + BOOT_NS
+        elif self.booted:
+            for process in self.agents:
+                process.start()
 
     # -- the guard's wires --
 

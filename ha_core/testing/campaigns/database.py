@@ -66,7 +66,7 @@ from ha_core.testing.simulator import (
 )
 
 CLUSTER = "campaign"
-SAFETY_NS = 12 * SECOND
+SAFETY_NS = 10 * SECOND
 LIVENESS_NS = 20 * SECOND
 
 
@@ -426,10 +426,10 @@ class DatabaseCampaign:
         sim.every(250 * MILLISECOND, world.administer)
         if swarm["partition"]:
             for _ in range(2):
-                sim.after(world.rng.randrange(1, 10) * SECOND, world.contest)
+                sim.after(world.rng.randrange(1, 9) * SECOND, world.contest)
         if swarm["disk-lost"]:
             for _ in range(2):
-                sim.after(world.rng.randrange(2, 10) * SECOND, world.lose_disk)
+                sim.after(world.rng.randrange(2, 9) * SECOND, world.lose_disk)
         sim.run_for(SAFETY_NS)
 
         chaos.stop()

@@ -15,6 +15,7 @@ from ha_core.ids import ChannelName, LinkName, NodeId
 from ha_core.machines.channels import QUEUE_BYTES
 from ha_core.machines.durable_events import HandlerClosed, HandlerOpened
 from ha_core.machines.durable_wire import FLIGHT_BYTES, MAX_MESSAGE_BYTES, RUN_BYTES
+from ha_core.machines.messages import PathState
 from ha_core.testing.campaigns.messages_node import CHANNELS, REPLIES, MessagesNode
 from ha_core.testing.campaigns.messages_store import Oracle
 from ha_core.testing.campaigns.messages_stranger import Stranger
@@ -37,6 +38,8 @@ from ha_core.testing.simulator import (
 LINKS = ("a", "b")
 SAFETY_NS = 6 * SECOND
 LIVENESS_NS = 15 * SECOND
+FAILOVER_NS = SECOND
+"""Within this a lost path is left; far less than the 1.5 s after which it is DOWN."""
 PATIENCE_NS = 60 * SECOND
 """The second liveness phase: long enough for what was held down to come back."""
 
@@ -53,7 +56,7 @@ class MessagesCampaign:
     name = "messages"
     invariants = (
         "I1", "I2", "I3", "I4", "I5", "I6", "I7", "I8", "I9", "I10", "I11", "I12", "I13", "I14", "I15", "I16", "I17", "I18",
-        "I21", "I25", "I26", "I28", "I29",
+        "I21", "I23", "I25", "I26", "I28", "I29",
     )  # fmt: skip
     faults = (
         "loss", "delay", "reorder", "duplicate", "replay", "corrupt", "path-cut", "one-way-cut", "partition", "clog", "reset",
@@ -250,7 +253,35 @@ class World:
             self.sim.violate("I26", f"with one path of each pair: {'; '.join(self._missing())}")
         for cut in cuts:
             cut.heal()
-        self._run_until_whole(PATIENCE_NS)
+        if self._run_until_whole(PATIENCE_NS) and self.rng.random() < 0.4:
+            self._fail_over(pairs)
+
+    def _fail_over(self, pairs: list[tuple[str, str]]) -> None:
+        """I23: with all paths UP, lose one of each pair; what is sent then arrives in time."""
+        for _ in range(200):
+            self.sim.run_for(100 * MILLISECOND)
+            if not self.tampered and self._all_up():
+                break
+        else:
+            return
+        for one, other in pairs:
+            self._cut_one_path(one, other)
+        for one, other in pairs:
+            self.nodes[one].send_durable(self.nodes[other].node, CHANNELS[0], [b"do after the cut"])
+            self.nodes[other].send_durable(self.nodes[one].node, CHANNELS[0], [b"do after the cut"])
+        self.sim.checked("I23")
+        began_ns = self.sim.now_ns
+        while next(self._missing_lines(), None) is not None:
+            if self.sim.now_ns - began_ns > FAILOVER_NS:
+                self.sim.violate("I23", f"{FAILOVER_NS / SECOND} s after a path was lost: {'; '.join(self._missing())}")
+                return
+            self.sim.run_for(20 * MILLISECOND)
+
+    def _all_up(self) -> bool:
+        states = [
+            state for name in self.names if (machine := self.nodes[name].machine) for _, state, _ in machine.endpoint.paths()
+        ]
+        return len(states) == len(self.names) * (len(self.names) - 1) * len(LINKS) and set(states) == {PathState.UP}
 
     def _cut_one_path(self, one: str, other: str) -> Cut:
         """Both ways, or one way only: what is received then proves nothing about what is sent."""

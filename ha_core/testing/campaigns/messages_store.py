@@ -220,6 +220,8 @@ class _Known:
     number: int
     body: bytes
     owners: set[str]
+    digest: bytes = b""
+    """What the machines say is the prefix digest here; empty if none has said so yet."""
 
 
 class Oracle:
@@ -258,12 +260,20 @@ class Oracle:
             if image.store not in self.tampered and number != len(known) + 1:
                 text = f"{process}: number {number} to {run.to} on {run.name!r} after {len(known)} were committed"
                 self._sim.violate("I4", text)
-            known.setdefault(digest, _Known(number, body, set())).owners.add(process)
+            message = known.setdefault(digest, _Known(number, body, set()))
+            message.owners.add(process)
+            if number == run.last:
+                self._compare(process, message, run.digest)
 
     def _forgotten(self, process: str, image: Image, operation: Forget) -> None:
         self._sim.checked("I5")
-        reached = self._reached.get((image.store, operation.to, operation.name), set())
-        if operation.digest not in reached:
+        key = (image.store, operation.to, operation.name)
+        reached = self._reached.get(key, set())
+        mine = [
+            digest for digest, message in self._histories.get(key, {}).items()
+            if message.number == operation.cursor and process in message.owners
+        ]  # fmt: skip
+        if reached.isdisjoint(mine):
             text = f"{process} forgets up to {operation.cursor} of {operation.name!r}, never durable at {operation.to}"
             self._sim.violate("I5", text)
 
@@ -295,9 +305,16 @@ class Oracle:
                 return
             reached.add(digest)
             self._advanced(process, where, step.store, found)
-        sim.checked("I9")
-        if digest != step.digest:
-            sim.violate("I9", f"{where}: prefix digest {step.digest.hex()} at {step.last}, expected {digest.hex()}")
+        self._compare(process, known[digest], step.digest)
+
+    def _compare(self, process: str, message: _Known, digest: bytes) -> None:
+        """Sender and receivers must name the same digest for the same prefix."""
+        self._sim.checked("I9")
+        if not message.digest:
+            message.digest = digest
+        elif message.digest != digest:
+            text = f"{process}: prefix digest {digest.hex()} at {message.number}, elsewhere {message.digest.hex()}"
+            self._sim.violate("I9", text)
 
     def _unknown(self, where: str, number: int, body: bytes, known: dict[bytes, _Known]) -> None:
         same_number = [message for message in known.values() if message.number == number]

@@ -24,13 +24,14 @@ class _Strike(Event):
 
 
 class _Attacker:
-    """Dials, sends its bytes, and waits to be closed."""
+    """Dials, sends its bytes, and then a byte now and then until it is closed."""
 
     def __init__(self) -> None:
         self.data: dict[int, bytes] = {}
         self.open: dict[int, int] = {}
         """Connection -> since when it is connected."""
         self._effects: list[Effect] = []
+        self._next_ns: int | None = None
 
     def receive(self, events: Sequence[Event], now_ns: int) -> None:
         for event in events:
@@ -41,14 +42,17 @@ class _Attacker:
                     self._effects.append(TransmitDatagram(event.path.link, event.path.remote, event.data[:1200]))
                 case Connected():
                     self.open[event.connection] = now_ns
+                    self._next_ns = now_ns + 2 * SECOND
                     self._effects.append(Transmit(event.connection, self.data[event.connection]))
                 case Disconnected():
                     self.open.pop(event.connection, None)
 
-    def handle_timer(self, now_ns: int) -> None: ...
+    def handle_timer(self, now_ns: int) -> None:
+        self._next_ns = now_ns + 2 * SECOND if self.open else None
+        self._effects += [Transmit(number, b"\0") for number in self.open]
 
     def next_timer(self) -> int | None:
-        return None
+        return self._next_ns
 
     def take_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []
