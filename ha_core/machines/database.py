@@ -309,7 +309,7 @@ class DatabaseMachine:
                 if target == self._node:
                     for number, request in requests:
                         self._server.submit(None, number, request, now_ns)
-                else:
+                elif target in self._up:  # else its session ended in this very batch, and the client waits with them
                     self._effects.append(send_requests(target, self._up[target].session, requests))
             self._answer(now_ns)
 
