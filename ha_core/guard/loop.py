@@ -29,7 +29,7 @@ from ha_core.guard.control import (
 )
 from ha_core.guard.kernel_timer import now_ns
 from ha_core.guard.links import Links
-from ha_core.guard.processes import boot_id, lock_holder, open_lock, raise_descriptor_limit, take_lock
+from ha_core.guard.processes import boot_id, lock_holder, open_lock, protect_process, take_lock
 from ha_core.guard.renewal import KEY_BYTES, RenewalCodec
 from ha_core.guard.rules import (
     NEVER,
@@ -66,13 +66,13 @@ class AnotherGuardError(Exception):
 class Guard:
     """One guard process, from taking its lock to its end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, nice_before: int) -> None:
         """Raises SettingsError, AnotherGuardError, OSError: one line each, nothing was started."""
         self._settings = settings
         codec = _codec(settings)
         os.makedirs(settings.run_dir, mode=0o700, exist_ok=True)
         os.makedirs(settings.log_dir, exist_ok=True)
-        raise_descriptor_limit()
+        protect_process(settings.nice, nice_before)
         self._lock = _wait_for_lock(settings.run_dir)
         self._noted: dict[str, int] = {}
         self._selector = selectors.DefaultSelector()

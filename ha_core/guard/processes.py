@@ -151,28 +151,60 @@ def find_process(run_dir: str, process: str) -> Process | None:
     return found
 
 
-def raise_descriptor_limit() -> None:
-    """Take all the descriptors that this process may have; its children get back what was the limit before."""
-    global _descriptor_limit
-    _descriptor_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = _descriptor_limit
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What this process had before it was protected, for its children."""
+
+    descriptors: tuple[int, int]
+    nice: int
+    oom_score: str
+
+
+_before: _Before | None = None
+
+
+def protect_process(nice: int, nice_before: int) -> None:
+    """Take all the descriptors that are allowed, and where that is allowed a high priority and a low rank for the OOM killer:
+    a lease must not expire because a VM is busy or greedy. Children that exec get back what was before."""
+    global _before
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _before = _Before((soft, hard), nice_before, _swap_oom_score("-900"))
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-_descriptor_limit: tuple[int, int] | None = None
+    _set_nice(nice)
 
 
 def prepare_child() -> None:
-    """In a new child that will exec: the descriptor limit from before, default signal actions, nothing blocked."""
-    if _descriptor_limit is not None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, _descriptor_limit)
+    """In a new child that will exec: limits and priority from before, default signal actions, nothing blocked."""
+    if _before is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, _before.descriptors)
+        _set_nice(_before.nice)
+        _swap_oom_score(_before.oom_score)
     for signo in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         try:
             signal.signal(signo, signal.SIG_DFL)
         except (OSError, ValueError):
             pass
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _set_nice(nice: int) -> None:
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    except OSError:
+        pass
+
+
+def _swap_oom_score(score: str) -> str:
+    """Set /proc/self/oom_score_adj, if that is allowed; what it was."""
+    try:
+        with open("/proc/self/oom_score_adj", "r+") as file:
+            before = file.read().strip()
+            file.seek(0)
+            file.write(score)
+        return before
+    except OSError:
+        return "0"
 
 
 def redirect(log_path: str) -> None:

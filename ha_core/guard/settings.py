@@ -8,7 +8,8 @@
 ``links``: link name -> the address that this host's endpoint is bound to; the guard binds the same host with a port of its own.
 ``run_dir`` lies on a tmpfs. Optional: ``environment`` (added to the agents' own), ``agent_start_s`` (10: until an agent's first
 beat), ``stop_vms`` (true: SIGTERM to the guard ends the VMs in order; false: leaves them to their deadline), ``containment``
-("auto" or "subreaper"), ``boot_id_file`` (where the lease's boot id is read; another file than the kernel's makes sense only
+("auto" or "subreaper"), ``nice`` (-10: of guard and shims, where allowed; agents and VMs keep what the guard was started with),
+``boot_id_file`` (where the lease's boot id is read; another file than the kernel's makes sense only
 where a whole host is played by some processes).
 """
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, fields
 
 from ha_core.guard.primaries import split_address
 
+DEFAULT_NICE = -10
 KERNEL_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
@@ -42,6 +44,7 @@ class Settings:
     agent_start_s: float = 10.0
     stop_vms: bool = True
     containment: str = "auto"
+    nice: int = DEFAULT_NICE
     boot_id_file: str = KERNEL_BOOT_ID
 
 
@@ -113,6 +116,7 @@ _CHECKS = (
     ("agent_start_s", _is_seconds, "seconds"),
     ("stop_vms", lambda value: isinstance(value, bool), "true or false"),
     ("containment", lambda value: value in ("auto", "subreaper"), "'auto' or 'subreaper'"),
+    ("nice", lambda value: type(value) is int and -20 <= value <= 19, "a whole number from -20 to 19"),
     ("boot_id_file", _is_text, "a path"),
 )
 _REQUIRED = frozenset(

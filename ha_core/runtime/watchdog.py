@@ -127,6 +127,7 @@ class Watchdog:
         if name == "guard":
             logger.warning("the guard (pid %d) is dead", process.pid)
             self._launch_at_ns = self._restarts.died(now_ns())
+            self._waiting_since_ns = 0
 
     def _tick(self, beats: BeatSocket, now: int) -> None:
         beats.send(self._others)

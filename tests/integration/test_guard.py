@@ -550,15 +550,19 @@ def test_nothing_of_the_guard_leaks_into_a_vm() -> None:
     with World() as world:
         world.start_guard()
         lease = world.wait_for_lease().lease_token
-        script = "ls -l /proc/self/fd; grep -E 'Sig(Blk|Ign|Cgt)' /proc/self/status; ulimit -Sn; sleep 60"
+        script = (
+            "ls -l /proc/self/fd; grep -E 'Sig(Blk|Ign|Cgt)' /proc/self/status; "
+            "nice; cat /proc/self/oom_score_adj; ulimit -Sn; echo end; sleep 60"
+        )
         world.ask(StartRequest("a", lease, 1000, ("sh", "-c", script)))
         log = Path(f"{world.dir}/log/vm-a.log")
-        lines = world.wait_until(lambda: text if log.exists() and (text := log.read_text().splitlines())[-1:][0:1] and
-                                 text[-1].isdigit() else None)  # fmt: skip
+        text = world.wait_until(lambda: text if log.exists() and (text := log.read_text()).endswith("end\n") else None)
+        lines = text.splitlines()[:-1]
 
         targets = [line.split(" -> ")[1] for line in lines if " -> " in line]
         assert sorted(target for target in targets if "/proc/" not in target) == sorted(["/dev/null", str(log), str(log)])
         assert [line.split()[1] for line in lines if line.startswith(("SigBlk", "SigIgn"))] == ["0" * 16] * 2
+        assert lines[-3:-1] == [str(os.getpriority(os.PRIO_PROCESS, 0)), Path("/proc/self/oom_score_adj").read_text().strip()]
         assert int(lines[-1]) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
