@@ -217,6 +217,8 @@ class AamMachine:
     # -- the parts --
 
     def _guard_datagram(self, source: Hashable, data: bytes, now_ns: int) -> None:
+        if not self.leases.leading:
+            return
         try:
             renewal = self._codec.decode_renewal(data)
         except RenewalError:

@@ -146,6 +146,10 @@ class LeaseServer:
     # -- what it says --
 
     @property
+    def leading(self) -> bool:
+        return self._term != 0
+
+    @property
     def serving(self) -> bool:
         """Whether renewals may be answered: we lead, and our Lead is applied."""
         return self._term != 0 and self._inventory.epoch.term == self._term
