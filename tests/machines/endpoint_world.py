@@ -174,13 +174,19 @@ class World:
         return until is None
 
     def freeze(self, process: Process, ms: float) -> None:
+        """The process stands still; then its timer fires, and only after that it reads what waits in its sockets."""
         process.frozen = True
 
         def thaw() -> None:
+            if process.alive:
+                feed(process.machine, [], self.now_ns, process)
+
+        def read() -> None:
             process.frozen = False
             process.post()
 
         self.at(self.now_ns + int(ms * MS), thaw)
+        self.at(self.now_ns + int((ms + 1) * MS), read)
 
     # -- the network --
 

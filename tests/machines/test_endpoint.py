@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+import attrs
 import pytest
 
+from ha_core.config import LAN
 from ha_core.errors import LocalProtocolError
 from ha_core.ids import ChannelName, LinkName
 from ha_core.machines import messages as m
@@ -36,6 +38,15 @@ def stream(world: World, a: Process, b: Process, ms: int, channel: str = "c", **
     for n, body in enumerate(bodies):
         world.at(world.now_ns + n * MS, lambda body=body: a.send(b, body, channel=channel, **options))  # type: ignore[misc]
     return bodies
+
+
+def reset(world: World, process: Process, link: str) -> None:
+    """Both ends of the process's connection on the link break; what was under way is lost."""
+    wire = next(wire for wire, _ in process.wires.values() if wire.link == link)
+    wire.open = False
+    for end, number in wire.ends:
+        end.wires.pop(number, None)
+        end.post(m.Disconnected(number, "reset"))
 
 
 def worst_gap_ms(process: Process) -> float:
@@ -330,13 +341,7 @@ def test_a_lost_connection_moves_its_data_at_once() -> None:
     bodies = stream(world, a, b, 400)
     world.run(200)
 
-    wire = next(wire for wire, _ in a.wires.values() if wire.link == active_link(a, b))
-    (_, number), (_, other) = wire.ends
-    wire.open = False
-    a.wires.pop(number, None)
-    b.wires.pop(other, None)
-    a.post(m.Disconnected(number, "reset"))
-    b.post(m.Disconnected(other, "reset"))
+    reset(world, a, active_link(a, b))
     world.run(500)
 
     assert b.delivered["c"] == bodies
@@ -441,6 +446,41 @@ def test_our_own_lag_condemns_nobody() -> None:
 
     assert b.delivered["c"] == bodies
     assert len(a.of(m.PathChanged)) == changes
+
+
+def test_a_stall_of_ours_longer_than_the_slow_verdict_condemns_nobody() -> None:
+    world = World()
+    world.profile = attrs.evolve(LAN, down_s=0.3)
+    a = world.start("h1")
+    world.profile = LAN
+    b = world.start("h2")
+    world.meet(a, b)
+    world.run(1_000)
+    bodies = stream(world, a, b, 1_000)
+    world.run(500)
+    changes = len(a.of(m.PathChanged))
+
+    world.freeze(a, 800)
+    world.run(2_000)
+
+    assert b.delivered["c"] == bodies
+    assert len(a.of(m.PathChanged)) == changes
+
+
+def test_a_grant_that_a_reset_swallows_is_repeated_at_once() -> None:
+    world = World()
+    a, b = joined(world)
+    b.consume = False
+    a.send(b, *[bytes(1_000)] * 600)
+    world.run(100)
+
+    link = active_link(b, a)
+    world.cut(b, a, link, one_way=True)
+    b.consume = True
+    b.post(m.Consumed(a.node, ChannelName("c"), len(b.delivered["c"]), len(b.delivered["c"]) * 1_000))
+    reset(world, b, link)
+
+    assert world.run(10, until=lambda: len(b.delivered["c"]) == 600)
 
 
 def test_idle_paths_are_probed_and_their_loss_is_seen() -> None:
