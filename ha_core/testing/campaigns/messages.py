@@ -17,7 +17,7 @@ from ha_core.machines.durable_events import HandlerClosed, HandlerOpened
 from ha_core.machines.durable_wire import FLIGHT_BYTES, MAX_MESSAGE_BYTES, RUN_BYTES
 from ha_core.machines.messages import PathState
 from ha_core.testing.campaigns.messages_node import CHANNELS, REPLIES, MessagesNode
-from ha_core.testing.campaigns.messages_store import Oracle
+from ha_core.testing.campaigns.messages_store import Image, Oracle
 from ha_core.testing.campaigns.messages_stranger import Stranger
 from ha_core.testing.simulator import (
     MILLISECOND,
@@ -161,7 +161,7 @@ class World:
             Fault("handler-closed", self._close_handler),
             Fault("stall", self._stall),
             Fault("garbage", self.stranger.strike),
-            Fault("restore", self._restore, 0.4),
+            Fault("restore", self._restore, 0.8),
             Fault("clone", self._run_clone, 0.4),
             Fault("store-lost", self._lose_store, 0.3),
         ]
@@ -206,10 +206,25 @@ class World:
 
         def put_back() -> None:
             node.process.end(silent=rng.random() < 0.5)
+            lost = node.store.durable
             node.store.restore(image)
-            self.sim.after(rng.randrange(10, 500) * MILLISECOND, node.process.start)
+            self.sim.after(rng.randrange(10, 300) * MILLISECOND, node.process.start)
+            if rng.random() < 0.7:
+                cut = self.network.isolate(node.name)
+                self.sim.after(400 * MILLISECOND, self._catch_up, node, lost, rng)
+                self.sim.after(rng.randrange(600, 2000) * MILLISECOND, cut.heal)
 
-        self.sim.after(rng.randrange(50, 3000) * MILLISECOND, put_back)
+        self.sim.after(rng.randrange(50, 2000) * MILLISECOND, put_back)
+
+    def _catch_up(self, node: MessagesNode, lost: Image, rng: random.Random) -> None:
+        """Unseen by others, a restored store commits so much that its numbers alone no longer show what happened."""
+        if not node.process.alive:
+            return
+        for (to, name), state in lost.outgoing.items():
+            now = node.store.current.outgoing.get((to, name))
+            count = state.last - (now.last if now else 0) + rng.randrange(0, 4)
+            if count > 0:
+                node.send_durable(to, name, [self._body(node, rng, 10) for _ in range(count)])
 
     def _lose_store(self, rng: random.Random, amount: float) -> None:
         node = self._some_node(rng)

@@ -156,7 +156,7 @@ class SimStore:
         self._rng = sim.stream(f"store/{name}")
         self._observe = observe
         self.durable = Image(StoreId(self._rng.randbytes(16)))
-        self.current = self.durable
+        self.current = self.durable.copy()
         self.device: SimDevice[Sequence[Operation]] = SimDevice(sim, name, self._keep)
 
     def open(self) -> tuple[Image, bool]:
@@ -200,7 +200,7 @@ class SimStore:
         self.device.crash()
         self.durable = image.copy()
         self.durable.rolled_back = True
-        self.current = self.durable
+        self.current = self.durable.copy()
 
     def lose(self) -> None:
         """A new file: another incarnation."""
