@@ -92,6 +92,8 @@ class Lease:
         self.token = token
         self.ttl_s = ttl_s
         self.lost = trio.Event()
+        self.ended = False
+        """Its context is over."""
         self._deadline_ns = 0
         self._scopes: list[trio.CancelScope] = []
         self.extend(created_ns)
@@ -225,6 +227,7 @@ class Database:
         try:
             yield lease
         finally:
+            lease.ended = True
             scope.cancel()
             # Left alone it would end by itself after its ttl: so this is a courtesy, tried once and for a short time.
             if not lease.lost.is_set():
@@ -253,24 +256,31 @@ class Database:
             return
 
     async def _keep(self, lease: Lease, scope: trio.CancelScope) -> None:
-        """Renew three times a ttl; give up when the leader says so or the deadline has come."""
-        with scope:
-            while True:
-                await trio.sleep(max(0.0, min(lease.ttl_s / 3, lease.remaining_s)))
-                remaining_s = lease.remaining_s
-                if remaining_s <= 0:
-                    break
-                created_ns = now_ns()
-                with trio.move_on_after(remaining_s):
-                    try:
-                        outcome = await self._port.submit(Renew(lease.token), timeout_s=remaining_s)
-                    except HAError:
-                        break
-                    if isinstance(outcome, Renewed):
-                        lease.extend(created_ns)
-                    elif isinstance(outcome, Refused) and outcome.code is Refusal.LEASE_NOT_FOUND:
-                        break
-            lease.lose()
+        """Renew it; it is lost when the leader says so, the deadline has come or the node closes."""
+        try:
+            with scope:
+                await self._renew(lease)
+        finally:
+            if not lease.ended:
+                lease.lose()
+
+    async def _renew(self, lease: Lease) -> None:
+        """Until it is lost: a renewal as soon as a third of the ttl is used up."""
+        while True:
+            await trio.sleep(max(lease.ttl_s / 50, lease.remaining_s - lease.ttl_s * 2 / 3))
+            remaining_s = lease.remaining_s
+            if remaining_s <= 0:
+                return
+            created_ns = now_ns()
+            with trio.move_on_after(remaining_s):
+                try:
+                    outcome = await self._port.submit(Renew(lease.token), timeout_s=remaining_s)
+                except HAError:
+                    return
+                if isinstance(outcome, Renewed):
+                    lease.extend(created_ns)
+                elif isinstance(outcome, Refused) and outcome.code is Refusal.LEASE_NOT_FOUND:
+                    return
 
     @asynccontextmanager
     async def lock(self, name: str) -> AsyncIterator[FencingToken]:
