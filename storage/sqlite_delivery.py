@@ -50,17 +50,19 @@ def deliver(
     """
     done = 0
     failure: BaseException | None = None
-    bodies = batch.bodies
-    while done < len(bodies) and failure is None:
+    peer, store, name, first, bodies = batch.peer, batch.store, batch.name, batch.first, batch.bodies
+    attempt = tx.attempt
+    while done < len(bodies):
         piece = bodies if max_batch >= len(bodies) else bodies[done : done + max_batch]
-        result = tx.within(handler, Batch(batch.peer, batch.store, to, batch.name, batch.first + done, piece))
-        if isinstance(result, outcome.Value):
+        failure = attempt(handler, Batch(peer, store, to, name, first + done, piece))
+        if failure is None:
             done += len(piece)
-        elif len(piece) == 1:
-            failure = _error_of(result)
-        else:
+            continue
+        if len(piece) > 1:
             handled, failure = _one_by_one(tx, batch, to, handler, done, len(piece))
             done += handled
+        if failure is not None:
+            break
     if isinstance(failure, OutboxFullError):
         return attrs.evolve(_step(tx, batch, done, ""), blocked=True)
     return _step(tx, batch, done, "" if failure is None else _text(failure))
@@ -71,9 +73,9 @@ def _one_by_one(
 ) -> tuple[int, BaseException | None]:
     for at in range(start, start + count):
         one = Batch(batch.peer, batch.store, to, batch.name, batch.first + at, batch.bodies[at : at + 1])
-        result = tx.within(handler, one)
-        if isinstance(result, outcome.Error):
-            return at - start, _error_of(result)
+        failure = tx.attempt(handler, one)
+        if failure is not None:
+            return at - start, failure
     return count, None
 
 
@@ -148,10 +150,6 @@ def _step(tx: Transaction, batch: RunBatch, done: int, error: str) -> Delivered:
     if batch.attempt is not None or batch.dead_letter:
         tx.own("DELETE FROM ha_attempts WHERE store=? AND name=?", (batch.store, batch.name))
     return Delivered(after, digest, error)
-
-
-def _error_of(result: outcome.Outcome[object]) -> BaseException | None:
-    return result.error if isinstance(result, outcome.Error) else None
 
 
 def _text(failure: BaseException) -> str:

@@ -85,7 +85,9 @@ class Transaction:
         """Channels on which the group made requests."""
         self.timed_out = False
         """The group ended because a function ran too long."""
-        self._name = ""
+        self._function: object = None
+        self.value: object = None
+        """What the last function returned."""
         database.set_authorizer(self._authorize)
         database.set_progress_handler(self._look_at_clock, _STEPS)
 
@@ -170,17 +172,22 @@ class Transaction:
         Raises:
             GroupEndedError: the whole group was rolled back under it.
         """
+        failure = self.attempt(function, *args)
+        return outcome.Value(self.value) if failure is None else outcome.Error(failure)
+
+    def attempt(self, function: Callable[[Transaction, *Ts], object], *args: *Ts) -> BaseException | None:
+        """``within`` for those who run many functions: what it raised, None if it is done; its value is ``value``."""
         own = self._own.execute
         own(self._savepoint)
         self._serial += 1
         self._touched.clear()
         self._doom = None
         self.timed_out = False
-        self._name = name_of(function)
+        self._function = function
         self._deadline_ns = time.monotonic_ns() + self._max_ns
         self._open = True
         try:
-            value = function(self, *args)
+            self.value = value = function(self, *args)
             if self._doom is not None:
                 raise self._doom
             if type(value) is CoroutineType:
@@ -196,14 +203,14 @@ class Transaction:
                 self._outbox.truncate(record, count)
             own(self._rollback_to)
             own(self._release)
-            return outcome.Error(exc)
+            return exc
         finally:
             self._open = False
             self._deadline_ns = 0
         if not self._database.in_transaction:
             raise GroupEndedError
         own(self._release)
-        return outcome.Value(value)
+        return None
 
     def own(self, sql: str, parameters: Sequence[SqlValue] = ()) -> sqlite3.Cursor:
         """A statement of ours, between functions."""
@@ -252,7 +259,7 @@ class Transaction:
         if code in FATAL or code == sqlite3.SQLITE_FULL or not self._database.in_transaction:
             return GroupEndedError(exc)
         if code == sqlite3.SQLITE_INTERRUPT:
-            self._doom = StorageError(f"{self._name} ran longer than max_transaction_s allows and was rolled back")
+            self._doom = StorageError(f"{name_of(self._function)} ran longer than max_transaction_s allows and was rolled back")
             return self._doom
         if code == sqlite3.SQLITE_AUTH:
             return LocalProtocolError(f"{self._denied or 'this statement'}: not inside a transaction of ha-core")

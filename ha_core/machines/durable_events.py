@@ -63,7 +63,7 @@ class Batch(Sequence[Message]):
     @overload
     def __getitem__(self, index: slice) -> Batch: ...
     def __getitem__(self, index: int | slice) -> Message | Batch:
-        if isinstance(index, slice):
+        if type(index) is slice:
             start, stop, step = index.indices(len(self.bodies))
             if step != 1:
                 raise ValueError("messages of a batch follow each other: a slice has no step")
