@@ -20,8 +20,8 @@ _BEATS_A_TURN = 100
 
 
 def tick_ns_of(guard_hang_s: float, agent_hang_s: float) -> int:
-    """Between beats, and between looks at the others: a fifth of the shortest limit, at least 20 ms."""
-    return max(20_000_000, round(min(guard_hang_s, agent_hang_s) * 1e9 / 5))
+    """Between beats, and between looks at the others: a tenth of the shortest limit, at least 20 ms."""
+    return max(20_000_000, round(min(guard_hang_s, agent_hang_s) * 1e9 / 10))
 
 
 class BeatSocket:
