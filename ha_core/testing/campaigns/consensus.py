@@ -92,8 +92,8 @@ class ConsensusChecker:
         self.committed = 0
         """The largest index known to be committed, anywhere."""
         self._votes: dict[tuple[str, bytes, int], str] = {}
-        self._origins: dict[int, bytes] = {}
-        """term -> the incarnation that made it."""
+        self._origins: dict[int, list[bytes]] = {}
+        """term -> the incarnations that were candidates in it."""
         self._states: dict[int, int] = {}
         self._rounds: dict[tuple[int, int], int] = {}
         """(term, round) -> when it began."""
@@ -150,14 +150,14 @@ class ConsensusChecker:
 
     def _check_term(self, name: str, seen: Seen) -> None:
         core = seen.raft.core
+        if core.role is Role.CANDIDATE and core.term > seen.term:
+            self._origins.setdefault(core.term, []).append(core.replica)
         if core.term > seen.term:
-            origin = self._origins.get(core.term)
-            if origin is not None and seen.configuration is not None:
+            origins = self._origins.get(core.term)
+            if origins and seen.configuration is not None:
                 self._sim.checked("I38")
-                if origin in seen.configuration.retired:
+                if all(origin in seen.configuration.retired for origin in origins):
                     self._sim.violate("I38", f"{name} entered term {core.term}, which a removed member made")
-        if core.role is Role.CANDIDATE:
-            self._origins.setdefault(core.term, core.replica)
         if core.role is Role.LEADER and (seen.role is not Role.LEADER or core.term != seen.term):
             self._check_leader(name, seen.raft)
         seen.term, seen.role, seen.configuration = core.term, core.role, core.log.configuration_at(core.commit)

@@ -68,6 +68,8 @@ class Client:
     life: int = 0
     operation: Operation | None = None
     change: Change | None = None
+    is_uncertain: bool = False
+    """It asks again what may have been carried out: no refusal can take that back."""
 
 
 class DatabaseWorld(World):
@@ -185,7 +187,7 @@ class DatabaseWorld(World):
                 compare = Compare.missing(key) if expected is None else Compare.value(key, expected)
                 operation = attrs.evolve(operation, value=value, expected=expected)
                 client.change = Change(compare=[compare], then=[Put(key, value)])
-        client.operation = operation
+        client.operation, client.is_uncertain = operation, False
         self._ask(client, None)
 
     def _last_value(self, key: bytes) -> bytes | None:
@@ -199,7 +201,7 @@ class DatabaseWorld(World):
         assert client.operation is not None
         nodes = [name for name, replica in self.replicas.items() if replica.process.alive]
         if not nodes:
-            client.operation = None
+            self._end(client, None if client.is_uncertain else Refused(Refusal.UNAVAILABLE, "no node is up"))
             return
         client.node = self.rng.choice(nodes)
         process = self.replicas[client.node].process
@@ -215,6 +217,7 @@ class DatabaseWorld(World):
         if isinstance(outcome, Refused) and outcome.code is Refusal.UNKNOWN and self.rng.random() < 0.7:
             match outcome.detail:
                 case (int(session), int(sequence)):
+                    client.is_uncertain = True
                     self._ask(client, RequestId(session, sequence))
                     return
         self._end(client, outcome)
@@ -231,7 +234,7 @@ class DatabaseWorld(World):
                 if operation.kind is Kind.DELETE:
                     succeeded = results[0] == 1
                 operation = attrs.evolve(operation, returned_ns=self.sim.now_ns, succeeded=succeeded, revision=revision)
-            case Refused(code) if code in _NEVER_HAPPENED or operation.kind is Kind.GET:
+            case Refused(code) if (code in _NEVER_HAPPENED and not client.is_uncertain) or operation.kind is Kind.GET:
                 return
             case None if operation.kind is Kind.GET:
                 return

@@ -214,7 +214,8 @@ class Group:
     def run_until(self, condition: Callable[[], bool], limit_ms: float = 5000) -> None:
         end_ns = self.now_ns + int(limit_ms * MS)
         while not condition():
-            assert self._heap and self._heap[0][0] <= end_ns, "it does not come to that"
+            assert self._heap, "nothing happens any more"
+            assert self._heap[0][0] <= end_ns, "it does not come to that"
             self.now_ns, _, call = heapq.heappop(self._heap)
             call()
 

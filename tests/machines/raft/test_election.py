@@ -11,7 +11,7 @@ from ha_core.machines.raft.messages import (
     VoteRequest,
 )
 from ha_core.machines.raft.records import recover
-from ha_core.machines.raft.types import Lane, Role, RoleChanged
+from ha_core.machines.raft.types import Lane, Role, RoleChanged, TransferLeadership
 from tests.machines.raft.group import MS, Group, node_id
 
 
@@ -353,6 +353,10 @@ def test_a_deposed_leader_was_one_until_now_L6() -> None:
     """Its successor would count leases from too early a moment and start VMs that still run (I42)."""
     group = Group(3)
     group.elect()
+    for one, other in (("n1", "n2"), ("n2", "n1")):
+        group[one].step(TransferLeadership(node_id(other)))
+        group.run(300)
+    assert group.leader.name == "n1"
 
     group.inject("n1", "n3", vote_request(9, transfer=True))
     group.run(5)
