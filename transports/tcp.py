@@ -40,11 +40,37 @@ async def resolve(address: str, kind: int) -> tuple[int, tuple[object, ...]]:
     return family, name
 
 
-def tune(stream: trio.SocketStream) -> trio.SocketStream:
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    stream.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
-    stream.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-    return stream
+class TcpStream(trio.abc.Stream):
+    """A tuned stream that can also send without a task's turn."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def send_nowait(self, data: bytes) -> int:
+        """Give the kernel what it takes now, and say how much that was; only while no ``send_all`` runs.
+
+        An error counts as nothing taken: ``send_all`` will meet it again.
+        """
+        try:
+            return self.socket.send(data)
+        except OSError:
+            return 0
 
 
 def bind_error(address: str, exc: OSError) -> TransportError:
@@ -57,14 +83,25 @@ def bind_error(address: str, exc: OSError) -> TransportError:
 
 
 class _TcpListener(trio.abc.Listener[trio.abc.Stream]):
-    def __init__(self, listener: trio.SocketListener) -> None:
-        self.listener = listener
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
 
     async def accept(self) -> trio.abc.Stream:
-        return tune(await self.listener.accept())
+        while True:
+            if self.socket.fileno() < 0:
+                raise trio.ClosedResourceError("the listener is closed")
+            await trio.lowlevel.wait_readable(self.socket)
+            try:
+                sock, _ = self.socket.accept()
+            except BlockingIOError:
+                continue
+            return TcpStream(sock)
 
     async def aclose(self) -> None:
-        await self.listener.aclose()
+        if self.socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self.socket)
+            self.socket.close()
+        await trio.lowlevel.checkpoint()
 
 
 class TcpTransport:
@@ -74,40 +111,42 @@ class TcpTransport:
 
     async def dial(self, remote: str, *, local: str | None = None) -> trio.abc.Stream:
         family, name = await resolve(remote, socket.SOCK_STREAM)
-        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
+            sock.setblocking(False)
             if local is not None:
                 host, _ = split_address(local, "local")
                 # Choose the port only on connecting: a local port per remote, not one per socket.
                 sock.setsockopt(socket.IPPROTO_IP, getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24), 1)
-                await sock.bind((host, 0))
-            await sock.connect(name)
+                sock.bind((host, 0))
+            await trio.socket.from_stdlib_socket(sock).connect(name)
+            return TcpStream(sock)
         except OSError as exc:
             sock.close()
             raise TransportError(f"{remote}: cannot connect: {exc.strerror or exc}") from exc
         except BaseException:
             sock.close()
             raise
-        return tune(trio.SocketStream(sock))
 
     async def listen(self, address: str) -> trio.abc.Listener[trio.abc.Stream]:
         family, name = await resolve(address, socket.SOCK_STREAM)
-        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
+            sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            await sock.bind(name)
+            sock.bind(name)
             sock.listen(BACKLOG)
         except OSError as exc:
             sock.close()
             raise bind_error(address, exc) from exc
-        return _TcpListener(trio.SocketListener(sock))
+        return _TcpListener(sock)
 
     def address_of(self, end: trio.abc.Listener[trio.abc.Stream] | trio.abc.Stream) -> str:
         if isinstance(end, _TcpListener):
-            return format_address(end.listener.socket.getsockname())
-        if isinstance(end, trio.SocketStream):
+            return format_address(end.socket.getsockname())
+        if isinstance(end, TcpStream):
             try:
                 return format_address(end.socket.getpeername())
             except OSError:

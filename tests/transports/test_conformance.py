@@ -16,7 +16,7 @@ from ha_core.testing.check_transport import (
     check_stream_transport,
 )
 from ha_core.transports.memory import MemoryNetwork, MemoryTransport
-from ha_core.transports.tcp import TcpTransport
+from ha_core.transports.tcp import TcpStream, TcpTransport
 from ha_core.transports.udp import UdpTransport
 
 
@@ -93,10 +93,10 @@ async def test_tcp_keeps_queues_short_and_does_not_wait_to_send() -> None:
     accepted = await listener.accept()
     async with listener, dialled, accepted:
         for stream in (dialled, accepted):
-            assert isinstance(stream, trio.SocketStream)
-            assert stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
-            assert stream.getsockopt(socket.IPPROTO_TCP, 25) == 64 << 10
-            assert stream.getsockopt(socket.IPPROTO_TCP, 18) == 10_000
+            assert isinstance(stream, TcpStream)
+            assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            assert stream.socket.getsockopt(socket.IPPROTO_TCP, 25) == 64 << 10
+            assert stream.socket.getsockopt(socket.IPPROTO_TCP, 18) == 10_000
 
 
 @pytest.mark.parametrize(
