@@ -160,7 +160,7 @@ class OpenNode(AbstractAsyncContextManager[Node]):
         await shell.open()
         record_shell = None
         if records is not None:
-            record_shell = RecordShell(records, lambda event: self._written(node, event))
+            record_shell = RecordShell(records, lambda event: self._written(node, driver, event))
         node.connect(driver, shell, record_shell, self._scope.cancel)
         await self._nursery.start(self._supervised_start, node, shell.run)
         await self._nursery.start(self._supervised_start, node, driver.run)
@@ -242,8 +242,8 @@ class OpenNode(AbstractAsyncContextManager[Node]):
         except Exception as exc:
             node.fail(_first(exc))
 
-    def _written(self, node: Node, event: Event) -> None:
-        node.post(event)
+    def _written(self, node: Node, driver: Driver, event: Event) -> None:
+        driver.step(event)  # at once: a commit waits for it
         if isinstance(event, PersistFailed):
             node.fail(StorageError(f"write {event.number} of node.db failed: {event.error}"))
 

@@ -33,7 +33,7 @@ from ha_core.events import (
 from ha_core.ids import ChannelName, FencingToken, LinkName, MessageId, NodeId, Term, parse_node_id
 from ha_core.machines import messages as m
 from ha_core.machines.contract import Effect, Event, Persist, WriteCheckpoint
-from ha_core.machines.database_events import LeaderChanged
+from ha_core.machines.database_events import DatabaseReply, LeaderChanged
 from ha_core.machines.durable_events import (
     Acknowledged,
     ChannelForked,
@@ -318,7 +318,9 @@ class Node:
         if shell is None:
             return
         for effect in effects:
-            if not (shell.perform(effect) or self._perform_store(effect) or self.calls.handle(effect)):
+            if type(effect) is DatabaseReply:  # by far the most frequent
+                self.calls.handle(effect)
+            elif not (shell.perform(effect) or self._perform_store(effect) or self.calls.handle(effect)):
                 self._perform_rest(effect)
 
     def _perform_store(self, effect: Effect) -> bool:
