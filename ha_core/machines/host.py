@@ -1,13 +1,8 @@
-"""The aam process of one host as one machine: endpoint, AAM, and who is a member.
+"""What one host's aam adds to its AAM machine: whom it talks to, and who is a member.
 
-The parent of two children: ``EndpointMachine`` below, ``AamMachine`` above. It passes sessions and datagrams up, what the AAM
-sends down, and keeps the endpoint's peers equal to the registered hosts. Everything is synchronous: one ``receive`` carries a
-batch through both.
-
-In: every event of the two children. Out: every effect of the two, but for those that only pass between them.
-
-Each aam introduces itself on channel ``aam`` when a session comes up: its replica and its addresses. The leader makes members
-of those that are registered (machines/membership.py), one change at a time.
+A child of the NodeMachine (``host_child``), and the parent of the AamMachine. It keeps the endpoint's peers equal to the
+registered hosts. Each aam introduces itself on channel ``aam`` when a session comes up: its replica and its addresses. The
+leader makes members of those that are registered (machines/membership.py), one change at a time.
 """
 
 from __future__ import annotations
@@ -19,40 +14,23 @@ import attrs
 import msgpack
 
 from ha_core.ids import ChannelName, LinkName, NodeId, ReplicaId, host_of
-from ha_core.machines.aam import AamMachine, PeerReached, RecordsChanged
+from ha_core.machines.aam import AamMachine, GuardDatagram, HostChanged, PeerReached, PingAnswered, RecordsChanged
 from ha_core.machines.contract import Effect, Event
 from ha_core.machines.database_events import (
     CHANNELS,
-    RAFT,
-    Arrived,
+    CloseWatch,
     DatabaseReply,
     DatabaseRequest,
-    DatagramArrived,
+    OpenWatch,
     PeerDown,
     PeerUp,
     Reconfigure,
-    Send,
+    WatchTaken,
+    from_endpoint,
 )
-from ha_core.machines.endpoint import EndpointMachine
 from ha_core.machines.membership import REPLACE_AFTER_NS, Contact, next_change
-from ha_core.machines.messages import (
-    Accepted,
-    Connected,
-    Consumed,
-    DatagramReceived,
-    DeliverDatagram,
-    DeliverRun,
-    Disconnected,
-    Flushed,
-    ForgetPeer,
-    PeerReachable,
-    Priority,
-    Received,
-    SendRun,
-    SessionDown,
-    SessionUp,
-    SetPeer,
-)
+from ha_core.machines.messages import Consumed, DeliverRun, ForgetPeer, PeerReachable, Priority, SendRun, SetPeer
+from ha_core.machines.node import Child
 
 INTRODUCTION: Final = ChannelName("aam")
 REVIEW_NS: Final = 500_000_000
@@ -60,7 +38,13 @@ REVIEW_NS: Final = 500_000_000
 _CHANGE_REQUEST: Final = 1 << 60
 """Our requests to the database; those of this node's callers are numbered from 1."""
 _CHANGE_TIMEOUT_NS: Final = 5_000_000_000
-_FROM_BELOW: Final = (Received, Flushed, DatagramReceived, Connected, Accepted, Disconnected)
+
+
+@attrs.frozen
+class Introduced(Event):
+    """Messages of channel ``aam``."""
+
+    run: DeliverRun
 
 
 @attrs.define
@@ -73,7 +57,7 @@ class _Peer:
 
 
 class HostMachine:
-    """A machine by the contract."""
+    """A machine by the contract; among its effects are events for the endpoint (``ChildMachine``)."""
 
     def __init__(
         self,
@@ -81,116 +65,80 @@ class HostMachine:
         node: NodeId,
         replica: ReplicaId,
         addresses: Mapping[LinkName, str],
-        endpoint: EndpointMachine,
         aam: AamMachine,
         primaries: Mapping[NodeId, Mapping[LinkName, str]],
     ) -> None:
         """``primaries``: whom this host knew when it was last up; the registered hosts are added as the database tells them."""
-        self.endpoint = endpoint
         self.aam = aam
         self._node = node
         self._introduction = _encode(replica, addresses)
-        self._effects: list[Effect] = []
+        self._effects: list[Effect | Event] = []
         self._peers: dict[NodeId, _Peer] = {}
         self._set: dict[NodeId, Mapping[LinkName, str]] = {}
         self._known_at_start = dict(primaries)
-        self._review_ns: int | None = 0
+        self._review_ns = 0
         self._change_open = False
 
     # -- the contract --
 
     def receive(self, events: Sequence[Event], now_ns: int) -> None:
-        below: list[Event] = []
         above: list[Event] = []
         for event in events:
-            (below if isinstance(event, _FROM_BELOW) else above).append(event)
-        self._settle(below, above, now_ns)
+            match event:
+                case Introduced(run):
+                    self._heard(run)
+                    continue
+                case PeerUp(peer):
+                    self._peer(peer).has_session = True
+                    self._note(peer, now_ns)
+                    self._effects.append(SendRun(peer, INTRODUCTION, [self._introduction], Priority.URGENT))
+                case PeerDown(peer):
+                    self._peer(peer).has_session = False
+                    self._note(peer, now_ns)
+                case PeerReached(peer, reachable):
+                    self._peer(peer).reachable = reachable
+                    self._note(peer, now_ns)
+            above.append(event)
+        if above:
+            self.aam.receive(above, now_ns)
+        self._settle(now_ns)
 
     def handle_timer(self, now_ns: int) -> None:
-        for child in (self.endpoint, self.aam):
-            timer = child.next_timer()
-            if timer is not None and timer <= now_ns:
-                child.handle_timer(now_ns)
-        self._settle([], [], now_ns)
+        timer = self.aam.next_timer()
+        if timer is not None and timer <= now_ns:
+            self.aam.handle_timer(now_ns)
+        self._settle(now_ns)
 
     def next_timer(self) -> int | None:
-        times = (self.endpoint.next_timer(), self.aam.next_timer(), self._review_ns)
-        return min((time for time in times if time is not None), default=None)
+        timer = self.aam.next_timer()
+        return self._review_ns if timer is None else min(timer, self._review_ns)
 
-    def take_effects(self) -> list[Effect]:
+    def take_effects(self) -> list[Effect | Event]:
         effects, self._effects = self._effects, []
         return effects
 
     def persisted(self, number: int, now_ns: int) -> None:
         self.aam.persisted(number, now_ns)
-        self._settle([], [], now_ns)
+        self._settle(now_ns)
 
     def persist_failed(self, number: int, error: str, now_ns: int) -> None:
         self.aam.persist_failed(number, error, now_ns)
-        self._settle([], [], now_ns)
+        self._settle(now_ns)
 
-    # -- between the children --
-
-    def _settle(self, below: list[Event], above: list[Event], now_ns: int) -> None:
-        """Carry events up and down until nothing moves any more."""
-        if self._review_ns is not None and now_ns >= self._review_ns:
-            below += self._follow_the_hosts()
-            above += self._review(now_ns)
-        while True:
-            if below:
-                self.endpoint.receive(below, now_ns)
-                below = []
-            for effect in self.endpoint.take_effects():
-                self._from_endpoint(effect, above, below, now_ns)
-            if above:
-                self.aam.receive(above, now_ns)
-                above = []
-            for effect in self.aam.take_effects():
-                self._from_aam(effect, below, now_ns)
-            if not below:
-                return
-
-    def _from_endpoint(self, effect: Effect, above: list[Event], below: list[Event], now_ns: int) -> None:
-        match effect:
-            case DeliverRun(peer, channel, _, bodies):
-                if channel in CHANNELS:
-                    above.append(Arrived(peer, channel, bodies))
-                else:
-                    self._heard(peer, channel, bodies)
-                    below.append(Consumed(peer, channel, len(bodies), sum(map(len, bodies))))
-            case DeliverDatagram(peer, topic, body):
-                if topic == RAFT:
-                    above.append(DatagramArrived(peer, body))
-            case SessionUp(peer):
-                self._peer(peer).has_session = True
-                self._note(peer, now_ns)
-                above.append(PeerUp(peer, effect.session))
-                below.append(SendRun(peer, INTRODUCTION, [self._introduction], Priority.URGENT))
-                self._effects.append(effect)
-            case SessionDown(peer):
-                self._peer(peer).has_session = False
-                self._note(peer, now_ns)
-                above.append(PeerDown(peer))
-                self._effects.append(effect)
-            case PeerReachable(peer, reachable):
-                self._peer(peer).reachable = reachable
-                self._note(peer, now_ns)
-                above.append(PeerReached(peer, reachable))
-                self._effects.append(effect)
-            case _:
-                self._effects.append(effect)
-
-    def _from_aam(self, effect: Effect, below: list[Event], now_ns: int) -> None:
-        match effect:
-            case Send(event):
-                below.append(event)
-            case DatabaseReply(request) if request == _CHANGE_REQUEST:
+    def _settle(self, now_ns: int) -> None:
+        if now_ns >= self._review_ns:
+            self._review_ns = now_ns + REVIEW_NS
+            self._follow_the_hosts()
+            change = self._review(now_ns)
+            if change is not None:
+                self.aam.receive([change], now_ns)
+        for effect in self.aam.take_effects():
+            if isinstance(effect, DatabaseReply) and effect.request == _CHANGE_REQUEST:
                 self._change_open = False
-            case RecordsChanged():
-                below += self._follow_the_hosts()
-                self._effects.append(effect)
-            case _:
-                self._effects.append(effect)
+                continue
+            if isinstance(effect, RecordsChanged):
+                self._follow_the_hosts()
+            self._effects.append(effect)
 
     # -- peers --
 
@@ -204,16 +152,15 @@ class HostMachine:
         elif not known.silent_since_ns:
             known.silent_since_ns = now_ns
 
-    def _heard(self, peer: NodeId, channel: ChannelName, bodies: Sequence[bytes]) -> None:
-        if channel != INTRODUCTION:
-            return
-        for body in bodies:
+    def _heard(self, run: DeliverRun) -> None:
+        for body in run.bodies:
             introduced = _decode(body)
             if introduced is not None:
-                known = self._peer(peer)
+                known = self._peer(run.peer)
                 known.replica, known.addresses = introduced
+        self._effects.append(Consumed(run.peer, run.channel, len(run.bodies), sum(map(len, run.bodies))))
 
-    def _follow_the_hosts(self) -> list[Event]:
+    def _follow_the_hosts(self) -> None:
         """The endpoint's peers are the registered hosts' aams; before the database is there, those known at the start."""
         wanted: dict[NodeId, Mapping[LinkName, str]] = {
             NodeId(f"aam@{host.name}"): {LinkName(link): address for link, address in host.addresses}
@@ -222,18 +169,16 @@ class HostMachine:
         if host_of(self._node) not in self.aam.inventory.hosts:
             wanted = {**self._known_at_start, **wanted}
         wanted.pop(self._node, None)
-        events: list[Event] = [ForgetPeer(node) for node in sorted(self._set) if node not in wanted]
-        events += [SetPeer(node, links) for node, links in sorted(wanted.items()) if self._set.get(node) != links]
+        self._effects += [ForgetPeer(node) for node in sorted(self._set) if node not in wanted]
+        self._effects += [SetPeer(node, links) for node, links in sorted(wanted.items()) if self._set.get(node) != links]
         self._set = wanted
-        return events
 
     # -- members --
 
-    def _review(self, now_ns: int) -> list[Event]:
-        self._review_ns = now_ns + REVIEW_NS
+    def _review(self, now_ns: int) -> DatabaseRequest | None:
         configuration = self.aam.database.configuration
         if not self.aam.coordinating or self._change_open or configuration is None:
-            return []
+            return None
         contacts = {node: self._contact(node, now_ns) for node in sorted({*self._peers, *configuration.nodes} - {self._node})}
         change = next_change(
             configuration,
@@ -243,15 +188,30 @@ class HostMachine:
             replace_after_ns=REPLACE_AFTER_NS,
         )
         if change is None:
-            return []
+            return None
         self._change_open = True
-        return [DatabaseRequest(_CHANGE_REQUEST, Reconfigure(change), _CHANGE_TIMEOUT_NS)]
+        return DatabaseRequest(_CHANGE_REQUEST, Reconfigure(change), _CHANGE_TIMEOUT_NS)
 
     def _contact(self, node: NodeId, now_ns: int) -> Contact:
         known = self._peer(node)
         self._note(node, now_ns)
         silent_ns = max(1, now_ns - known.silent_since_ns) if known.silent_since_ns else 0
         return Contact(known.replica, known.addresses, silent_ns)
+
+
+def host_child(machine: HostMachine) -> Child:
+    """The host machine's place in a NodeMachine."""
+    handles = (DatabaseRequest, OpenWatch, WatchTaken, CloseWatch, GuardDatagram, PingAnswered, HostChanged)
+    return Child(machine, handles, _hears, (*CHANNELS, INTRODUCTION), persists=True)
+
+
+def _hears(effect: Effect) -> Event | None:
+    match effect:
+        case DeliverRun(channel=channel) if channel == INTRODUCTION:
+            return Introduced(effect)
+        case PeerReachable(peer, reachable):
+            return PeerReached(peer, reachable)
+    return from_endpoint(effect)
 
 
 def _encode(replica: bytes, addresses: Mapping[LinkName, str]) -> bytes:

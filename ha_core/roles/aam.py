@@ -25,8 +25,9 @@ from ha_core.machines.database import DatabaseMachine
 from ha_core.machines.endpoint import EndpointMachine
 from ha_core.machines.failover.procedures import PROCEDURES
 from ha_core.machines.failover.records import Host
-from ha_core.machines.host import HostMachine
+from ha_core.machines.host import HostMachine, host_child
 from ha_core.machines.messages import PeerRefused
+from ha_core.machines.node import NodeMachine
 from ha_core.machines.raft.configuration import Configuration, Member
 from ha_core.machines.raft.types import ConfigurationChanged
 from ha_core.roles.aam_service import AamService
@@ -86,9 +87,8 @@ class Aam:
         self._nursery: trio.Nursery
 
     async def run(self) -> None:
-        machine = await self._build()
-        self._machine = machine
-        self._driver = Driver(machine, self._perform)
+        self._host_machine, endpoint = await self._build()
+        self._driver = Driver(NodeMachine(endpoint, [host_child(self._host_machine)]), self._perform)
         self._calls = DatabaseCalls(self._driver.post)
         self._records = RecordShell(self._store, self._driver.step)
         stream, datagram = registry.find("transports", "tcp"), registry.find("transports", "udp")
@@ -100,7 +100,7 @@ class Aam:
             post=self._driver.post, step=self._driver.step, stream=stream_transport, datagram=datagram_transport,
             bind={link: self._config.bind_address(link) for link in self._config.links}, on_guard_datagram=self._guard_datagram,
         )  # fmt: skip
-        self._service = AamService(self._config, machine, self._calls)
+        self._service = AamService(self._config, self._host_machine, endpoint, self._calls)
         self._names = NamesKeeper(self._config)
         await self._endpoint.open()
         async with trio.open_nursery() as self._nursery:
@@ -114,7 +114,7 @@ class Aam:
                 f"{self._config.data_dir}: the store failed: {self._failure}; mend the disk, the aam starts anew"
             )
 
-    async def _build(self) -> HostMachine:
+    async def _build(self) -> tuple[HostMachine, EndpointMachine]:
         config, membership = self._config, self._membership
         recovered = await self._store.recover()
         line = next_boot(config.data_dir, self._store.incarnation)
@@ -135,10 +135,11 @@ class Aam:
             node=config.node, cluster=membership.cluster, key=self._key, store=StoreId(self._store.incarnation), boot=line.boot,
             boots_digest=line.digest, links=config.links, profile=config.profile, rng=fresh_rng("endpoint"), accept_unknown=False,
         )  # fmt: skip
-        return HostMachine(
-            node=config.node, replica=ReplicaId(self._store.incarnation), addresses=config.links, endpoint=endpoint, aam=aam,
+        host = HostMachine(
+            node=config.node, replica=ReplicaId(self._store.incarnation), addresses=config.links, aam=aam,
             primaries={**known_peers(config.data_dir), **membership.primaries},
         )  # fmt: skip
+        return host, endpoint
 
     def _own_record(self) -> Host:
         config = self._config
@@ -163,7 +164,7 @@ class Aam:
                 self._endpoint.send_raw(source[0], source[1], data)
             case RecordsChanged():
                 self._service.records_changed(effect)
-                self._names.follow(self._machine.aam.inventory)
+                self._names.follow(self._host_machine.aam.inventory)
                 self._follow_primaries()
             case ConfigurationChanged():
                 self._follow_primaries()
@@ -187,10 +188,10 @@ class Aam:
 
     def _follow_primaries(self) -> None:
         """Keep what the guard and the next start read equal to the voters."""
-        configuration = self._machine.aam.database.configuration
+        configuration = self._host_machine.aam.database.configuration
         if configuration is None:
             return
-        hosts = self._machine.aam.inventory.hosts
+        hosts = self._host_machine.aam.inventory.hosts
         primaries: dict[NodeId, dict[LinkName, str]] = {}
         for node in configuration.voters:
             known = hosts.get(host_of(node))

@@ -13,6 +13,7 @@ from ha_core.errors import RemoteProtocolError, TransportError
 from ha_core.ids import LinkName, NodeId
 from ha_core.machines.aam import RecordsChanged
 from ha_core.machines.database_events import Range
+from ha_core.machines.endpoint import EndpointMachine
 from ha_core.machines.failover.records import PREFIX, plain
 from ha_core.machines.host import HostMachine
 from ha_core.machines.keyvalue.model import Call as ProcedureCall
@@ -35,9 +36,10 @@ class _Watcher:
 class AamService:
     """The handler of aam.sock; ``handle`` is what ``serve_unix`` calls."""
 
-    def __init__(self, config: Config, machine: HostMachine, calls: DatabaseCalls) -> None:
+    def __init__(self, config: Config, machine: HostMachine, endpoint: EndpointMachine, calls: DatabaseCalls) -> None:
         self._config = config
         self._machine = machine
+        self._endpoint = endpoint
         self._calls = calls
         self._watchers: list[_Watcher] = []
         self.primaries: Mapping[NodeId, Mapping[LinkName, str]] = {}
@@ -133,7 +135,7 @@ class AamService:
             "waiting": [[str(one.vm), one.reason] for one in aam.waiting],
             "paths": [
                 {"peer": path.peer, "link": path.link, "state": state.value, "rtt_ms": round_trip_ns / 1e6}
-                for path, state, round_trip_ns in self._machine.endpoint.paths()
+                for path, state, round_trip_ns in self._endpoint.paths()
             ],
         }
 
