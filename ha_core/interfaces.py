@@ -156,6 +156,13 @@ class VmReport:
     instance: str = ""
 
 
+class ReportStream(Protocol):
+    """``async for report in stream``; to be closed."""
+
+    def __aiter__(self) -> AsyncIterator[VmReport]: ...
+    async def aclose(self) -> None: ...
+
+
 class Hypervisor(Protocol):
     """Starts and stops VMs on this host. All calls are idempotent by (name, token)."""
 
@@ -171,7 +178,7 @@ class Hypervisor(Protocol):
 
     async def list(self) -> Sequence[VmReport]: ...
 
-    def reports(self) -> AsyncIterator[VmReport]:
+    def reports(self) -> ReportStream:
         """Each change, as it happens; begins with the present state of all."""
 
 

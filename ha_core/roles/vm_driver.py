@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 
 import trio
 
@@ -60,8 +61,9 @@ class VmDriver:
         while True:
             try:
                 self._driver.post(GuardReports([_report(one) for one in await driver.list()], complete=True))
-                async for report in driver.reports():
-                    self._driver.post(GuardReports([_report(report)]))
+                async with aclosing(driver.reports()) as reports:
+                    async for report in reports:
+                        self._driver.post(GuardReports([_report(report)]))
             except HAError as exc:
                 logger.warning("%s: %s", driver.name, exc)
             self._driver.post(GuardLost())
