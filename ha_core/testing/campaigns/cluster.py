@@ -8,7 +8,7 @@ should run must run. The invariants are checked in cluster_checker.py, the hosts
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
@@ -71,6 +71,7 @@ KEY = b"k" * 32
 SETUP_NS = 12 * SECOND
 SAFETY_NS = 10 * SECOND
 LIVENESS_NS = 40 * SECOND
+HOST_FAULTS = ("power-loss", "isolation", "agents-stop-all", "agents-crash-all")
 
 
 def _nothing(effect: object) -> None:
@@ -94,6 +95,10 @@ class World:
         self._waiting: dict[int, tuple[SimProcess, int, Callable[[object], None]]] = {}
         self._last_request = 0
         self._orders: list[Command] = []
+        self.host_rng = sim.stream("host faults")
+        self.swarm: Mapping[str, float] = {}
+        self.striking = False
+        self._away: list[str] = []
         for host in self.hosts.values():
             self._add_aam(host)
         nodes = [NodeId(f"aam@{name}") for name in names]
@@ -350,40 +355,6 @@ class World:
             self.sim.after(hang_ns, self._replace_hung, host, process, process.lives)
             return process.thaw
 
-        def long_ns(rng: random.Random) -> int:
-            """Around the lease's length: the corners are there."""
-            return int(ns(self.profile.lease_s) * rng.uniform(0.4, 3.0))
-
-        def all_stop(rng: random.Random, amount: float) -> None:
-            host = rng.choice(hosts)
-            self.sim.fault("agents-stop-all")
-            host.host.freeze(long_ns(rng))
-
-        def all_crash(rng: random.Random, amount: float) -> None:
-            host = rng.choice(hosts)
-            self.sim.fault("agents-crash-all")
-            for process in host.agents:
-                process.end(silent=False)
-            self.sim.after(long_ns(rng), host.start)
-
-        def power_loss(rng: random.Random, amount: float) -> None:
-            host = rng.choice(hosts)
-            host.power_off()
-            self.sim.after(long_ns(rng), host.start)
-
-        def isolate(rng: random.Random, amount: float) -> None:
-            """One host, or the leader with one other, away from the rest; perhaps together with all of its agents' stop."""
-            self.sim.fault("isolation")
-            leading = [name for name, host in self.hosts.items() if self.leads(host)]
-            victims = {rng.choice(list(self.hosts))}
-            if leading and rng.random() < 0.5:
-                victims.add(rng.choice(leading))
-            cut = self.network.partition(sorted(victims))
-            duration_ns = long_ns(rng)
-            self.sim.after(duration_ns, cut.heal)
-            if rng.random() < 0.2:
-                self.hosts[min(victims)].host.freeze(int(duration_ns * rng.uniform(0.2, 1.2)))
-
         def vm_crash(rng: random.Random, amount: float) -> None:
             if rng.choice(hosts).hypervisor.crash_one(rng):
                 self.sim.fault("vm-crash")
@@ -402,13 +373,53 @@ class World:
         return [
             Fault("agent-crash", agent_crash, 2.0),
             Fault("agent-stop", agent_stop, 2.0),
-            Fault("isolation", isolate, 4.0),
-            Fault("agents-stop-all", all_stop),
-            Fault("agents-crash-all", all_crash),
-            Fault("power-loss", power_loss, 2.0),
             Fault("vm-crash", vm_crash, 2.0),
             Fault("fail-start", fail_start, 2.0),
         ]
+
+    # -- faults of whole hosts --
+
+    def strike_host(self) -> None:
+        """Take a host away for about as long as a lease, rarely more of them than leave a quorum: the corners are there."""
+        rng = self.host_rng
+        names = [name for name in self.hosts if name not in self._away]
+        room = (len(self.hosts) - 1) // 2 - len(self._away)
+        if names and (room > 0 or rng.random() < 0.1):
+            leading = [name for name in names if self.leads(self.hosts[name])]
+            victim = rng.choice(leading) if leading and rng.random() < 0.4 else rng.choice(names)
+            duration_ns = int(ns(self.profile.lease_s) * rng.uniform(0.3, 2.5))
+            kind = rng.choice([kind for kind in HOST_FAULTS if self.swarm.get(kind)] or ["quiet"])
+            self._away.append(victim)
+            self.sim.after(duration_ns, self._away.remove, victim)
+            self._strike(kind, self.hosts[victim], duration_ns, rng)
+        self.sim.after(int(ns(self.profile.lease_s) * rng.uniform(0.3, 1.5)), self._strike_again)
+
+    def _strike_again(self) -> None:
+        if self.striking:
+            self.strike_host()
+
+    def _strike(self, kind: str, host: ClusterHost, duration_ns: int, rng: random.Random) -> None:
+        match kind:
+            case "power-loss":
+                host.power_off()
+                self.sim.after(duration_ns, host.start)
+            case "isolation":
+                self.sim.fault(kind)
+                with_friend = rng.random() < 0.3
+                friends = [host.name, rng.choice(list(self.hosts))] if with_friend else [host.name]
+                self.sim.after(duration_ns, self.network.partition(sorted(set(friends))).heal)
+                if rng.random() < 0.3:
+                    host.host.freeze(int(duration_ns * rng.uniform(0.1, 1.2)))
+            case "agents-stop-all":
+                self.sim.fault(kind)
+                host.host.freeze(duration_ns)
+            case "agents-crash-all":
+                self.sim.fault(kind)
+                for process in host.agents:
+                    process.end(silent=False)
+                self.sim.after(duration_ns, host.start)
+            case _:
+                pass
 
     @staticmethod
     def leads(host: ClusterHost) -> bool:
@@ -469,11 +480,13 @@ class ClusterCampaign:
 
     def _safety(self, sim: Simulation, world: World) -> None:
         swarm = sim.swarm(self.faults)
+        if world.rng.random() < 0.7:
+            swarm |= dict.fromkeys(("partition", "one-way-cut", "path-cut"), 0.0)
         kinds = [
             *network_faults(world.network), *disk_faults([disk.device for disk in world.disks.values()]),
             *reset_faults(world.messages.reset, list(world.disks)), *world.faults(),
         ]  # fmt: skip
-        chaos = Chaos(sim, kinds, swarm, mean_interval_ns=world.rng.choice([150, 400, 1000]) * MILLISECOND)
+        chaos = Chaos(sim, kinds, swarm, mean_interval_ns=world.rng.choice([200, 600, 2000]) * MILLISECOND)
         if world.rng.random() < 0.7:
             interval_ns = world.rng.choice([200, 1000]) * MILLISECOND
             until_ns = sim.now_ns + SAFETY_NS
@@ -485,7 +498,10 @@ class ClusterCampaign:
 
             turn()
         chaos.start()
+        world.swarm, world.striking = swarm, True
+        world.strike_host()
         sim.run_for(SAFETY_NS)
+        world.striking = False
         chaos.stop()
 
     def _liveness(self, sim: Simulation, world: World) -> None:
