@@ -17,7 +17,6 @@ from ha_core.config import Profile, ns
 from ha_core.errors import DecodeError
 from ha_core.ids import ChannelName, NodeId, ReplicaId, SessionId
 from ha_core.machines.contract import Effect, Event, Rng
-from ha_core.machines.database_client import DatabaseClient, consumed, send_requests
 from ha_core.machines.database_events import (
     DATABASE,
     RAFT,
@@ -38,6 +37,7 @@ from ha_core.machines.database_events import (
     WatchEvents,
     WatchTaken,
 )
+from ha_core.machines.database_requests import DatabaseClient, consumed, send_requests
 from ha_core.machines.database_server import DatabaseServer, Origin
 from ha_core.machines.database_watches import ServedWatches
 from ha_core.machines.database_wire import (

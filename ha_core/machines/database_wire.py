@@ -21,17 +21,10 @@ from ha_core.machines.database_events import (
     Renewed,
     Transfer,
 )
-from ha_core.machines.keyvalue.codec import (
-    MAX_KEY_BYTES,
-    decode_command,
-    events_from,
-    pack,
-    record_from,
-    reply_fields,
-    reply_from,
-    unpack,
-)
+from ha_core.machines.keyvalue.codec import MAX_KEY_BYTES, decode_command
+from ha_core.machines.keyvalue.formats import events_from, record_from, reply_fields, reply_from
 from ha_core.machines.keyvalue.model import Command, Get, Page, RevisionEvents
+from ha_core.machines.keyvalue.plain import pack, unpack
 from ha_core.machines.raft.types import AddLearner, Promote, Remove
 
 RUN_BYTES = 48 << 10

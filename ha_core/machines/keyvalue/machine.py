@@ -10,14 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from ha_core.errors import DecodeError, InvariantError, invariant
 from ha_core.ids import LeaseToken, LogIndex, Revision
-from ha_core.machines.keyvalue.codec import (
-    decode_entry,
-    decode_snapshot,
-    encode_snapshot,
-    is_plain,
-    snapshot_hash,
-    stands_alone,
-)
+from ha_core.machines.keyvalue.codec import decode_entry
+from ha_core.machines.keyvalue.formats import decode_snapshot, encode_snapshot, snapshot_hash
 from ha_core.machines.keyvalue.model import (
     RESERVED,
     Body,
@@ -52,6 +46,7 @@ from ha_core.machines.keyvalue.model import (
     Snapshot,
     Target,
 )
+from ha_core.machines.keyvalue.plain import is_plain
 from ha_core.machines.keyvalue.transaction import KvTransaction, Procedure, ProcedureError
 from ha_core.machines.keyvalue.versions import RECORD_OVERHEAD_BYTES, VersionedMap, Writes
 
@@ -313,11 +308,6 @@ class KeyValue:
                 )
                 del attached[record.lease, record.key]
         invariant(not attached, "a lease holds keys that do not hang on it", keys=len(attached))
-
-
-def check_alone(commands: Sequence[Command]) -> bool:
-    """Whether these commands may share an entry."""
-    return len(commands) == 1 or not any(stands_alone(command.body) for command in commands)
 
 
 def _settle(session: ClientSession, floor: int) -> None:

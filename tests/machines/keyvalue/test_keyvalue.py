@@ -10,17 +10,8 @@ import pytest
 from ha_core.errors import CompactedError, CorruptRecordError, DecodeError
 from ha_core.ids import LeaseToken, LogIndex
 from ha_core.machines.keyvalue import KeyValue, KvTransaction, ProcedureError
-from ha_core.machines.keyvalue.codec import (
-    decode_command,
-    decode_entry,
-    encode_command,
-    encode_entry,
-    pack,
-    problem_of,
-    reply_fields,
-    reply_from,
-    unpack,
-)
+from ha_core.machines.keyvalue.codec import decode_command, decode_entry, encode_command, encode_entry, problem_of
+from ha_core.machines.keyvalue.formats import reply_fields, reply_from
 from ha_core.machines.keyvalue.model import (
     Body,
     Call,
@@ -52,6 +43,7 @@ from ha_core.machines.keyvalue.model import (
     Step,
     Target,
 )
+from ha_core.machines.keyvalue.plain import pack, unpack
 
 
 class Replica:
