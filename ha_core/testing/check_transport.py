@@ -219,70 +219,57 @@ STREAM_CHECKS: Sequence[Callable[[StreamKit], Awaitable[None]]] = (
 # -- datagrams --
 
 
-async def datagrams_arrive_whole_with_their_source(kit: DatagramKit) -> None:
-    one, other = await kit.transport.bind(kit.address), await kit.transport.bind(kit.address)
+@asynccontextmanager
+async def _bound(kit: DatagramKit) -> AsyncIterator[DatagramSocket]:
+    socket = await kit.transport.bind(kit.address)
     try:
+        yield socket
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            await socket.aclose()
+
+
+async def datagrams_arrive_whole_with_their_source(kit: DatagramKit) -> None:
+    async with _bound(kit) as one, _bound(kit) as other:
         for size in (0, 1, 1200, 1400):
             one.send_nowait(bytes(size), other.address)
-            _demand(
-                list(await other.receive()) == [(bytes(size), one.address)],
-                f"{size} bytes arrived otherwise, or from elsewhere",
-            )
-    finally:
-        await _close(one, other)
+            found = list(await other.receive())
+            _demand(found == [(bytes(size), one.address)], f"{size} bytes arrived otherwise, or from elsewhere")
 
 
 async def what_is_there_comes_in_batches_and_in_order(kit: DatagramKit) -> None:
-    one, other = await kit.transport.bind(kit.address), await kit.transport.bind(kit.address)
-    try:
+    async with _bound(kit) as one, _bound(kit) as other:
         for number in range(50):
             one.send_nowait(bytes([number]), other.address)
         found: list[bytes] = []
         while len(found) < 50:
             found += [data for data, _ in await other.receive()]
         _demand(found == [bytes([number]) for number in range(50)], "the order changed")
-    finally:
-        await _close(one, other)
 
 
 async def sending_where_nobody_is_does_nothing(kit: DatagramKit) -> None:
-    one, other = await kit.transport.bind(kit.address), await kit.transport.bind(kit.address)
-    await _close(other)
-    try:
+    async with _bound(kit) as one:
+        async with _bound(kit) as other:
+            gone = other.address
         for _ in range(3):
-            one.send_nowait(b"x", other.address)
+            one.send_nowait(b"x", gone)
             await trio.sleep(0.001)
-        third = await kit.transport.bind(kit.address)
-        one.send_nowait(b"y", third.address)
-        _demand([data for data, _ in await third.receive()] == [b"y"], "the socket does not work any more")
-        await _close(third)
-    finally:
-        await _close(one)
+        async with _bound(kit) as third:
+            one.send_nowait(b"y", third.address)
+            _demand([data for data, _ in await third.receive()] == [b"y"], "the socket does not work any more")
     one.send_nowait(b"after the end", one.address)
 
 
 async def a_flood_is_dropped_and_never_waits(kit: DatagramKit) -> None:
-    one, other = await kit.transport.bind(kit.address), await kit.transport.bind(kit.address)
-    try:
+    async with _bound(kit) as one, _bound(kit) as other:
         for _ in range(20_000):
             one.send_nowait(bytes(1000), other.address)
         _demand(len(await other.receive()) > 0, "nothing of a flood arrived")
-    finally:
-        await _close(one, other)
 
 
 async def a_socket_address_is_taken_once(kit: DatagramKit) -> None:
-    one = await kit.transport.bind(kit.address)
-    try:
+    async with _bound(kit) as one:
         await _demand_transport_error(lambda: kit.transport.bind(one.address), one.address)
-    finally:
-        await _close(one)
-
-
-async def _close(*sockets: DatagramSocket) -> None:
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-        for socket in sockets:
-            await socket.aclose()
 
 
 DATAGRAM_CHECKS: Sequence[Callable[[DatagramKit], Awaitable[None]]] = (

@@ -47,6 +47,7 @@ class Node:
     def step(self, *events: Event) -> None:
         if self.driver is not None:
             self.driver.step(*events)
+            self.wake.set()
 
     def perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -62,6 +63,14 @@ class Node:
         while not condition():
             self.wake = trio.Event()
             await self.wake.wait()
+
+    def connections(self) -> int:
+        session = self.machine.session_with(NodeId("app@h2" if self.name == "app@h1" else "app@h1")) if self.machine else None
+        return len(session.connections) if session is not None else 0
+
+    def note_guard(self, link: LinkName, remote: str, data: bytes) -> None:
+        self.guard.append((link, remote, data))
+        self.wake.set()
 
     def has(self, kind: type[Effect]) -> bool:
         return any(isinstance(effect, kind) for effect in self.log)
@@ -82,7 +91,7 @@ async def open_node(
         bind=dict.fromkeys(LINKS, bind),
         stream=stream or TcpTransport(),
         datagram=datagram or UdpTransport(),
-        on_guard_datagram=lambda link, remote, data: node.guard.append((link, remote, data)),
+        on_guard_datagram=node.note_guard,
     )
     await node.shell.open()
     node.machine = EndpointMachine(
@@ -129,9 +138,10 @@ async def test_both_links_come_up_and_one_connection_remains_on_each() -> None:
         meet(a, b)
         await a.until(lambda: a.paths_up() == 2)
         await b.until(lambda: b.paths_up() == 2)
-        with trio.fail_after(5):
-            while len(a.shell._wires) != 2 or len(b.shell._wires) != 2:  # duplicates of simultaneous dials are closed
-                await trio.sleep(0.01)
+
+        # Duplicates of simultaneous dials are closed.
+        await a.until(lambda: a.connections() == 2)
+        await b.until(lambda: b.connections() == 2)
 
 
 async def test_datagrams_travel_and_the_guards_are_handed_on() -> None:
@@ -143,9 +153,7 @@ async def test_datagrams_travel_and_the_guards_are_handed_on() -> None:
         a.post(m.SendDatagram(b.name, ChannelName("t"), b"beat"))
         await b.until(lambda: b.has(m.DeliverDatagram))
         a.shell.send_raw(LINKS[0], b.shell.addresses[LINKS[0]], b"HAG1 renewal")
-        with trio.fail_after(5):
-            while not b.guard:
-                await trio.sleep(0.001)
+        await b.until(lambda: b.guard)
 
         assert [effect.body for effect in b.log if isinstance(effect, m.DeliverDatagram)] == [b"beat"]
         assert b.guard == [(LINKS[0], a.shell.addresses[LINKS[0]], b"HAG1 renewal")]
