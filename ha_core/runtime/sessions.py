@@ -66,9 +66,11 @@ class SessionChannel:
         while True:
             try:
                 self.send_nowait(body)
-                return
             except trio.WouldBlock:
                 self._sessions.check()
+            else:
+                self._sessions.expect_more()
+                return
             await self._room.wait()
 
     async def receive(self) -> Sequence[bytes]:
@@ -173,6 +175,10 @@ class Sessions:
 
     def gather(self, channel: SessionChannel) -> None:
         self._gathered[channel] = None
+        self._post()
+
+    def expect_more(self) -> None:
+        """A task sends one message after the other: what follows at once shares the feeding."""
         self._post()
 
     def consumed(self, run: DeliverRun, session: SessionId | None) -> None:
