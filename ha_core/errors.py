@@ -160,9 +160,15 @@ class OutcomeUnknownError(HAError):
 
     retryable = True
 
-    def __init__(self, text: str, *, request: object) -> None:
+    def __init__(self, text: str, *, request: object = None) -> None:
         super().__init__(text)
         self.request = request
+
+
+class NotJoinedError(HAError):
+    """The host belongs to no cluster (yet, or any more): another one may answer."""
+
+    retryable = True
 
 
 class NodeFailedError(HAError):

@@ -3,8 +3,8 @@
 One connection carries many requests at once, each with a number; a request may stream items before its answer. Over TCP both
 ends prove that they hold the cluster key; a Unix socket is guarded by the mode of its folder.
 
-Wire: u32 length, then a msgpack array: [REQUEST, id, method, params], [RESULT, id, value], [ERROR, id, class, text],
-[ITEM, id, value], [CANCEL, id].
+Wire: u32 length, then a msgpack array: [REQUEST, id, method, params], [RESULT, id, value],
+[ERROR, id, class, text, attributes], [ITEM, id, value], [CANCEL, id].
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeGuard
 
 import attrs
 import msgpack
@@ -28,6 +29,8 @@ REQUEST, RESULT, ERROR, ITEM, CANCEL = range(5)
 MAX_FRAME_BYTES = 1 << 20
 MAX_REQUESTS = 256
 """Requests of one connection that may be in the works at once; more are refused."""
+MAX_CONNECTIONS = 256
+"""Of one TCP server, strangers in their handshake included; more are hung up on."""
 HANDSHAKE_S = 5.0
 _LENGTH = struct.Struct(">I")
 
@@ -56,7 +59,10 @@ Handler = Callable[[Call], Awaitable[object]]
 
 
 class _Frames:
-    """Whole msgpack frames over a stream; sends are serialised."""
+    """Whole msgpack frames over a stream; sends are serialised.
+
+    A send that was cancelled half-way has torn its frame: the stream is closed, lest the rest be read as something else.
+    """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -64,11 +70,16 @@ class _Frames:
         self._lock = trio.Lock()
 
     async def send(self, message: list[object]) -> None:
+        """Raises LocalProtocolError, with nothing sent, for a message that fits no frame."""
         body = msgpack.packb(message)
         if len(body) > MAX_FRAME_BYTES:
             raise errors.LocalProtocolError(f"a message of {len(body)} bytes, at most {MAX_FRAME_BYTES} fit a frame")
         async with self._lock:
-            await self.stream.send_all(_LENGTH.pack(len(body)) + body)
+            try:
+                await self.stream.send_all(_LENGTH.pack(len(body)) + body)
+            except BaseException:
+                await trio.aclose_forcefully(self.stream)
+                raise
 
     async def exactly(self, size: int) -> bytes | None:
         """``size`` bytes; None at the end of the stream."""
@@ -146,10 +157,9 @@ async def _read_requests(frames: _Frames, handler: Handler, nursery: trio.Nurser
     async def answer(number: int, call: Call) -> None:
         with scopes[number]:
             try:
-                reply = [RESULT, number, await handler(call)]
+                await frames.send([RESULT, number, await handler(call)])
             except HAError as exc:
-                reply = [ERROR, number, type(exc).__name__, str(exc)]
-            await frames.send(reply)
+                await frames.send([ERROR, number, type(exc).__name__, str(exc), _attributes(exc)])
         del scopes[number]
 
     while (message := await frames.receive()) is not None:
@@ -157,9 +167,10 @@ async def _read_requests(frames: _Frames, handler: Handler, nursery: trio.Nurser
         assert isinstance(number, int)
         if kind == CANCEL and number in scopes:
             scopes[number].cancel()
-        elif kind == REQUEST and len(message) == 4 and isinstance(message[2], str) and isinstance(message[3], dict):
+        elif kind == REQUEST and len(message) == 4 and isinstance(message[2], str) and _is_params(message[3]):
             if number in scopes or len(scopes) >= MAX_REQUESTS:
-                await frames.send([ERROR, number, "RemoteProtocolError", f"more than {MAX_REQUESTS} requests at once"])
+                text = f"request {number} is in the works already, or {MAX_REQUESTS} others are"
+                await frames.send([ERROR, number, "RemoteProtocolError", text, {"code": "requests"}])
                 continue
             scopes[number] = trio.CancelScope()
 
@@ -167,6 +178,17 @@ async def _read_requests(frames: _Frames, handler: Handler, nursery: trio.Nurser
                 await frames.send([ITEM, number, value])
 
             nursery.start_soon(answer, number, Call(message[2], message[3], send))
+        elif kind != CANCEL:
+            raise DecodeError("a frame that is no request")
+
+
+def _is_params(value: object) -> TypeGuard[dict[str, object]]:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _attributes(error: HAError) -> dict[str, object]:
+    """Those that travel: numbers and texts."""
+    return {name: value for name, value in vars(error).items() if isinstance(value, str | int | float)}
 
 
 class RpcClient:
@@ -178,7 +200,7 @@ class RpcClient:
         self._answers: dict[int, trio.MemorySendChannel[tuple[int, object]]] = {}
         self._error: Exception | None = None
 
-    async def call(self, method: str, **params: object) -> object:
+    async def call(self, method: str, /, **params: object) -> object:
         """Send a request and wait for its answer.
 
         Raises:
@@ -192,7 +214,7 @@ class RpcClient:
         raise TransportError(f"{method}: the connection ended before the answer")
 
     @asynccontextmanager
-    async def stream(self, method: str, **params: object) -> AsyncIterator[trio.MemoryReceiveChannel[tuple[int, object]]]:
+    async def stream(self, method: str, /, **params: object) -> AsyncIterator[trio.MemoryReceiveChannel[tuple[int, object]]]:
         """Send a request and receive (ITEM, value) pairs, then (RESULT, value); leaving early cancels the request."""
         if self._error is not None:
             raise TransportError(f"{method}: the connection has ended: {self._error}") from self._error
@@ -232,9 +254,12 @@ class RpcClient:
         queue = self._answers.get(number)
         if queue is None:
             return
+        if len(message) < (4 if kind == ERROR else 3):
+            raise DecodeError("a frame that is no answer")
         try:
             if kind == ERROR:
-                await queue.send((ERROR, (message[2], message[3])))
+                attributes = message[4] if len(message) > 4 and _is_params(message[4]) else {}
+                await queue.send((ERROR, (message[2], message[3], attributes)))
             elif kind in (ITEM, RESULT):
                 await queue.send((kind, message[2]))
         except trio.BrokenResourceError:
@@ -257,17 +282,19 @@ class _Raising:
         kind, value = await self.queue.__anext__()
         if kind == ERROR:
             assert isinstance(value, tuple)
-            raise _error(str(value[0]), str(value[1]))
+            name, text, attributes = value
+            raise _error(str(name), str(text), attributes)
         return kind, value
 
 
-def _error(name: str, text: str) -> HAError:
+def _error(name: str, text: str, attributes: Params) -> HAError:
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, HAError):
-        try:
-            return kind(text)
-        except TypeError:  # a class that wants attributes which do not travel
-            pass
+        for known in (attributes, {}):
+            try:
+                return kind(text, **known)
+            except TypeError:  # a class that has other attributes, or one that wants some which do not travel
+                continue
     return HAError(text)
 
 
@@ -323,7 +350,8 @@ async def dial_rpc(address: str | Path, *, key: bytes | None = None) -> AsyncIte
 
 
 async def serve_unix(path: Path, handler: Handler, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serve requests on a Unix socket until cancelled; a stale socket file is replaced, and ours removed at the end."""
+    """Serve requests on a Unix socket until cancelled. A socket file that is there is replaced; ours stays: whoever serves next
+    replaces it, and removing it could only ever hit a successor's."""
     socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     path.unlink(missing_ok=True)
     try:
@@ -354,7 +382,17 @@ async def serve_tcp(
     bound = listeners[0].socket.getsockname()
     task_status.started(f"{bound[0]}:{bound[1]}")
 
+    connections = 0
+
     async def serve(stream: trio.SocketStream) -> None:
-        await serve_connection(stream, handler, key=key)
+        nonlocal connections
+        if connections >= MAX_CONNECTIONS:
+            await trio.aclose_forcefully(stream)
+            return
+        connections += 1
+        try:
+            await serve_connection(stream, handler, key=key)
+        finally:
+            connections -= 1
 
     await trio.serve_listeners(serve, listeners)

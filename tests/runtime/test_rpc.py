@@ -8,9 +8,31 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
-from ha_core.errors import NotLeaderError, RemoteProtocolError, TransportError
-from ha_core.runtime.rpc import ITEM, RESULT, Call, dial_rpc, serve_tcp, serve_unix
+from ha_core.errors import (
+    LocalProtocolError,
+    NotJoinedError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    RemoteProtocolError,
+    StaleFencingTokenError,
+    TransportError,
+)
+from ha_core.runtime import rpc
+from ha_core.runtime.rpc import (
+    ITEM,
+    MAX_FRAME_BYTES,
+    RESULT,
+    Call,
+    Handler,
+    RpcClient,
+    dial_rpc,
+    open_rpc,
+    serve_connection,
+    serve_tcp,
+    serve_unix,
+)
 
 KEY = bytes(range(32))
 
@@ -103,3 +125,80 @@ async def test_unix_socket_replaces_a_stale_file(tmp_path: Path) -> None:
         async with dial_rpc(path) as client:
             assert await client.call("echo", value=b"x") == b"x"
         nursery.cancel_scope.cancel()
+
+
+async def test_what_an_error_knows_travels_with_it() -> None:
+    async def refuse(call: Call) -> object:
+        match call.method:
+            case "leader":
+                raise NotLeaderError("not here", leader="aam@h2.example")
+            case "unknown":
+                raise OutcomeUnknownError("who knows", request=object())
+            case "joined":
+                raise NotJoinedError("h1 belongs to no cluster")
+        raise StaleFencingTokenError("old", token=3, current=4)
+
+    async with connected(refuse) as client:
+        with pytest.raises(NotLeaderError) as leader:
+            await client.call("leader")
+        with pytest.raises(OutcomeUnknownError) as unknown:
+            await client.call("unknown")
+        with pytest.raises(NotJoinedError):
+            await client.call("joined")
+        with pytest.raises(StaleFencingTokenError) as stale:
+            await client.call("stale")
+
+    assert leader.value.leader == "aam@h2.example"
+    assert unknown.value.retryable
+    assert (stale.value.token, stale.value.current) == (3, 4)
+
+
+async def test_an_answer_that_fits_no_frame_is_an_error_of_its_request_only() -> None:
+    async def answer(call: Call) -> object:
+        return bytes(MAX_FRAME_BYTES if call.method == "much" else 1)
+
+    async with connected(answer) as client:
+        with pytest.raises(LocalProtocolError, match="fit a frame"):
+            await client.call("much")
+
+        assert await client.call("little") == bytes(1)
+
+
+async def test_parameters_may_have_any_name() -> None:
+    async def names(call: Call) -> object:
+        return sorted(call.params)
+
+    async with connected(names) as client:
+        assert await client.call("names", method=1, self=2) == ["method", "self"]
+
+
+async def test_a_frame_that_a_cancelled_send_tore_is_never_read_as_another() -> None:
+    """The peer reads nothing, so the send stands half-way when it is cancelled: the connection ends, whole frames or none."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    stuck = trio.testing.MemorySendStream(send_all_hook=trio.sleep_forever)
+    stream = trio.StapledStream(stuck, ours.receive_stream)
+    async with open_rpc(stream) as client:
+        with trio.move_on_after(0.01):
+            await client.call("echo", value=bytes(1000))
+        with pytest.raises(TransportError):
+            await client.call("echo", value=2)
+    await theirs.aclose()
+
+
+async def test_more_connections_than_allowed_are_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "MAX_CONNECTIONS", 1)
+    async with served() as address, dial_rpc(address, key=KEY) as client:
+        with pytest.raises((TransportError, RemoteProtocolError)):
+            async with dial_rpc(address, key=KEY):
+                pass
+
+        assert await client.call("echo", value="first come") == "first come"
+
+
+@asynccontextmanager
+async def connected(handler: Handler) -> AsyncIterator[RpcClient]:
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_connection, theirs, handler)
+        async with open_rpc(ours) as client:
+            yield client
