@@ -88,6 +88,7 @@ class LeaseServer:
         self._round = 0
         self._round_begun_ns: int | None = None
         self._looked_ns: int | None = None
+        self._ticked_ns = 0
 
     # -- what it is told --
 
@@ -96,7 +97,7 @@ class LeaseServer:
         self.follow()
         self._term = term
         self._counted_from_ns = counted_from_ns
-        self._looked_ns = now_ns
+        self._looked_ns = self._ticked_ns = now_ns
         self._demands.append(Proposal(("lead", term), Lead(term, self._node)))
 
     def follow(self) -> None:
@@ -173,20 +174,20 @@ class LeaseServer:
         return demands
 
     def next_timer(self) -> int | None:
-        if not self._term or self._looked_ns is None:
+        if not self._term:
             return None
-        times = [self._looked_ns + self._renewal_ns]
-        times += [
+        times = [
             count.expiry_ns
             for host, count in self._counts.items()
-            if self._armed(host) and count.token not in self._revoking and count.expiry_ns > self._looked_ns
+            if self._armed(host) and count.token not in self._revoking and count.expiry_ns > self._ticked_ns
         ]
-        return min(times)
+        return min([*times, self._ticked_ns + self._renewal_ns])
 
     def handle_timer(self, now_ns: int) -> None:
         if not self._term:
             return
         self._look(now_ns)
+        self._ticked_ns = now_ns
         if not self.serving:
             self._demands.append(Proposal(("lead", self._term), Lead(self._term, self._node)))
             return

@@ -99,6 +99,8 @@ class World:
         self.swarm: Mapping[str, float] = {}
         self.striking = False
         self._away: list[str] = []
+        self._held: dict[str, list[tuple[str, str, bytes]]] = {}
+        """Messages to AAMs whose streams are stalled."""
         for host in self.hosts.values():
             self._add_aam(host)
         nodes = [NodeId(f"aam@{name}") for name in names]
@@ -126,7 +128,7 @@ class World:
             host=host.name,
             on_datagram=lambda sender, topic, body: process.post(DatagramArrived(NodeId(sender), _bytes(body))),
             on_message=lambda sender, channel, body: process.post(_arrived(sender, channel, body)),
-            on_session=lambda peer, up: process.post(PeerUp(NodeId(peer)) if up else PeerDown(NodeId(peer))),
+            on_session=lambda peer, up: self._session(process, peer, up),
         )
         host.send_renewal = lambda data: self._send_renewal(host, data)
         host.propose = lambda effect: self._agent_proposes(host, effect)
@@ -157,9 +159,28 @@ class World:
         match effect.event:
             case SendDatagram(to, topic, body):
                 self.messages.send_datagram(name, to, body, topic)
-            case SendRun(to, channel, bodies, _, _):
+            case SendRun(to, channel, bodies):
                 for body in bodies:
-                    self.messages.send(name, to, channel, body)
+                    if to in self._held:
+                        self._held[to].append((name, channel, body))
+                    else:
+                        self.messages.send(name, to, channel, body)
+
+    def _session(self, process: SimProcess, peer: str, up: bool) -> None:
+        for to, held in self._held.items():
+            self._held[to] = [one for one in held if {one[0], to} != {process.name, peer}]
+        process.post(PeerUp(NodeId(peer)) if up else PeerDown(NodeId(peer)))
+
+    def _stall(self, name: str, duration_ns: int) -> None:
+        """Streams to one AAM stand still while datagrams pass: its view falls behind."""
+        if name not in self._held:
+            self.sim.fault("stream-stall")
+            self._held[name] = []
+            self.sim.after(duration_ns, self._release, name)
+
+    def _release(self, name: str) -> None:
+        for sender, channel, body in self._held.pop(name, []):
+            self.messages.send(sender, name, channel, body)
 
     # -- guards and primaries --
 
@@ -405,9 +426,12 @@ class World:
                 self.sim.after(duration_ns, host.start)
             case "isolation":
                 self.sim.fault(kind)
-                with_friend = rng.random() < 0.3
-                friends = [host.name, rng.choice(list(self.hosts))] if with_friend else [host.name]
-                self.sim.after(duration_ns, self.network.partition(sorted(set(friends))).heal)
+                group = {str(host.name), rng.choice(list(self.hosts))} if rng.random() < 0.3 else {str(host.name)}
+                delay_ns = 0
+                if rng.random() < 0.5 and self.swarm.get("stream-stall"):
+                    delay_ns = int(duration_ns * rng.uniform(0.1, 1.0))
+                    self._stall(f"aam@{host.name}", delay_ns + int(duration_ns * rng.uniform(1.0, 2.0)))
+                self.sim.after(delay_ns, self._cut, sorted(group), duration_ns)
                 if rng.random() < 0.3:
                     host.host.freeze(int(duration_ns * rng.uniform(0.1, 1.2)))
             case "agents-stop-all":
@@ -420,6 +444,9 @@ class World:
                 self.sim.after(duration_ns, host.start)
             case _:
                 pass
+
+    def _cut(self, group: Sequence[str], duration_ns: int) -> None:
+        self.sim.after(duration_ns, self.network.partition(group).heal)
 
     @staticmethod
     def leads(host: ClusterHost) -> bool:
@@ -441,6 +468,8 @@ class World:
 
     def heal(self) -> None:
         self.network.heal_all()
+        for name in list(self._held):
+            self._release(name)
         for host in self.hosts.values():
             host.hypervisor.fail_starts = 0.0
             for process in host.agents:
@@ -464,7 +493,7 @@ class ClusterCampaign:
     faults: Sequence[str] = (
         "loss", "delay", "reorder", "duplicate", "replay", "path-cut", "one-way-cut", "partition", "clog", "reset",
         "disk-slow", "disk-error", "disk-full", "disk-crash", "agent-crash", "agent-stop", "agents-stop-all",
-        "isolation", "agents-crash-all", "power-loss", "vm-crash", "fail-start",
+        "isolation", "stream-stall", "agents-crash-all", "power-loss", "vm-crash", "fail-start",
     )  # fmt: skip
 
     def play(self, sim: Simulation) -> None:
