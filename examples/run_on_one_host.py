@@ -12,7 +12,12 @@ LINKS = {f"job@h{n}.example": {"a": f"127.0.0.1:{7430 + n}", "b": f"127.0.0.2:{7
 
 def config(node: str, folder: Path) -> Config:
     return Config(
-        node=node, cluster="example", data_dir=folder / node, links=LINKS[node], bootstrap=LINKS, key_file=folder / "cluster.key"
+        node=node,
+        cluster="example",
+        data_dir=folder / node,
+        links=LINKS[node],
+        bootstrap=LINKS,
+        key_file=folder / "cluster.key",
     )
 
 

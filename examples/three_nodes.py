@@ -12,7 +12,12 @@ LINKS = {f"db@h{n}.example": {"a": f"127.0.0.1:{7420 + n}", "b": f"127.0.0.2:{74
 
 def config(node: str, folder: Path) -> Config:
     return Config(
-        node=node, cluster="example", data_dir=folder / node, links=LINKS[node], bootstrap=LINKS, key_file=folder / "cluster.key"
+        node=node,
+        cluster="example",
+        data_dir=folder / node,
+        links=LINKS[node],
+        bootstrap=LINKS,
+        key_file=folder / "cluster.key",
     )
 
 
@@ -28,7 +33,11 @@ async def main(folder: Path) -> None:
     (folder / "cluster.key").chmod(0o600)
     one, two, three = LINKS
     seen: list[bytes] = []
-    async with open_node(config(one, folder)) as first, open_node(config(two, folder)) as second, trio.open_nursery() as nursery:
+    async with (
+        open_node(config(one, folder)) as first,
+        open_node(config(two, folder)) as second,
+        trio.open_nursery() as nursery,
+    ):
         async with open_node(config(three, folder)) as third:
             await nursery.start(follow, second, seen)
             await first.database.put(b"colour/sky", b"blue")
