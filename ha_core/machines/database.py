@@ -81,6 +81,8 @@ CHECKPOINT_FACTOR = 4
 CHECKPOINT_MIN_BYTES = 8 << 20
 """... and at least this long."""
 BOOKMARK_NS = 5_000_000_000
+DEFER_BYTES = 4 << 10
+"""A follower applies more than this only after its answers have left."""
 
 
 @attrs.frozen
@@ -198,9 +200,13 @@ class DatabaseMachine:
 
     def _note_timer(self) -> None:
         """Asked for several times a step, and changed only within one."""
-        children = (self._raft.next_timer(), self._client.next_timer(), self._server.next_timer())
-        own = (self._bookmark_ns, self._watch_retry_ns, self._deferred_ns)
-        self._timer_ns = min([time for time in (*children, *own) if time is not None], default=None)
+        earliest = self._raft.next_timer()
+        for time in (
+            self._client.next_timer(), self._server.next_timer(), self._bookmark_ns, self._watch_retry_ns, self._deferred_ns,
+        ):  # fmt: skip
+            if time is not None and (earliest is None or time < earliest):
+                earliest = time
+        self._timer_ns = earliest
 
     def take_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []
@@ -280,7 +286,11 @@ class DatabaseMachine:
         """Carry everything on until nothing moves any more."""
         server, raft = self._server, self._raft
         while True:
-            self._route(now_ns)
+            if server.answers:
+                self._answer(now_ns)
+            if self._client.out:
+                self._route(now_ns)
+                continue
             if self._watches.wants_round:
                 server.begin_watches(self._watches.take_opening())
             server.flush()
@@ -292,10 +302,10 @@ class DatabaseMachine:
             if events:
                 raft.receive(events, now_ns)
             effects = raft.take_effects()
-            if not effects and not events:
+            if effects:
+                self._carry_out(effects, now_ns)
+            elif not events and not server.answers:
                 break
-            self._carry_out(effects, now_ns)
-            self._answer(now_ns)
         self._serve_watches(now_ns)
         if self._client.effects:
             self._effects.extend(self._client.effects)
@@ -304,14 +314,12 @@ class DatabaseMachine:
 
     def _route(self, now_ns: int) -> None:
         """The client's requests to the server here or to other nodes'."""
-        while self._client.out:
-            for target, requests in self._client.take_out().items():
-                if target == self._node:
-                    for number, request in requests:
-                        self._server.submit(None, number, request, now_ns)
-                elif target in self._up:  # else its session ended in this very batch, and the client waits with them
-                    self._effects.append(send_requests(target, self._up[target].session, requests))
-            self._answer(now_ns)
+        for target, requests in self._client.take_out().items():
+            if target == self._node:
+                for number, request in requests:
+                    self._server.submit(None, number, request, now_ns)
+            else:
+                self._effects.append(send_requests(target, self._up[target].session, requests))
 
     def _answer(self, now_ns: int) -> None:
         answers, self._server.answers = self._server.answers, []
@@ -341,7 +349,7 @@ class DatabaseMachine:
                         runs.setdefault((to, lane), []).append(body)
                 case Apply(entries):
                     self._deferred.extend(entries)
-                    if self._server.leading:
+                    if self._server.leading or sum([len(entry.data) for entry in entries]) < DEFER_BYTES:
                         self._apply_deferred(now_ns)
                     else:
                         self._deferred_ns = now_ns + 1

@@ -238,6 +238,7 @@ class DatabaseClient:
 
     def peer_down(self, peer: NodeId, now_ns: int) -> None:
         self._up.pop(peer, None)
+        self.out.pop(peer, None)
         for number, pending in self._pending.items():
             if pending.target == peer:
                 self._wait(number, now_ns)
@@ -355,7 +356,11 @@ class DatabaseClient:
     # -- time --
 
     def next_timer(self) -> int | None:
-        return min([time for time in (self._retry_at, self._resend_at, self._deadline_at) if time is not None], default=None)
+        earliest = self._deadline_at
+        for time in (self._retry_at, self._resend_at):
+            if time is not None and (earliest is None or time < earliest):
+                earliest = time
+        return earliest
 
     def handle_timer(self, now_ns: int) -> None:
         if self._deadline_at is not None and now_ns >= self._deadline_at:

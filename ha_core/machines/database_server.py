@@ -371,8 +371,10 @@ class DatabaseServer:
     # -- time --
 
     def next_timer(self) -> int | None:
-        times = [time for time in (self._leases.next_timer(), self._sweep_ns) if time is not None]
-        return min(times) if times and self.ready else None
+        if not self.ready:
+            return None
+        lease_ns, sweep_ns = self._leases.next_timer(), self._sweep_ns
+        return sweep_ns if lease_ns is None or (sweep_ns is not None and sweep_ns < lease_ns) else lease_ns
 
     def handle_timer(self, now_ns: int) -> None:
         if not self.ready:

@@ -19,6 +19,7 @@ from ha_core.machines.database_events import (
     Done,
     Found,
     PeerDown,
+    PeerUp,
     Range,
     Reconfigure,
     Renew,
@@ -67,7 +68,7 @@ from ha_core.machines.keyvalue.model import (
     Revoke,
     SetLimits,
 )
-from ha_core.machines.messages import SendDatagram
+from ha_core.machines.messages import SendDatagram, SendRun
 from ha_core.machines.raft.types import AddLearner, Promote, Remove
 from tests.machines.database_cluster import MS, Cluster, S, WatchLog
 
@@ -118,6 +119,36 @@ def test_a_write_is_seen_by_every_read_that_begins_after_it_anywhere() -> None:
 
     cluster.run_for(S)
     cluster.check()
+
+
+def test_a_request_that_cannot_be_served_here_is_refused_at_once() -> None:
+    cluster = Cluster()
+    follower = cluster.follower()
+    process = cluster.processes[follower]
+    process.sent.clear()
+
+    process.feed(Arrived(cluster.leader(), DATABASE, encode_requests([(7, Renew(LeaseToken(1)))])))
+
+    runs = [one.event for one in process.sent if isinstance(one.event, SendRun)]
+    (body,) = runs[0].bodies
+    (reply,) = decode_message(body).replies  # type: ignore[union-attr]
+    assert reply[0] == 7
+    assert code(reply[1]) is Refusal.NOT_LEADER
+
+
+def test_a_request_in_the_batch_in_which_its_target_goes_away_is_sent_again() -> None:
+    cluster = Cluster()
+    leader, follower = cluster.leader(), cluster.follower()
+    cluster.call(follower, put(b"k", b"1"))
+    process = cluster.processes[follower]
+
+    process.feed(DatabaseRequest(10_000, put(b"k", b"2")), PeerDown(leader))
+    cluster.run_for(S)
+    assert 10_000 not in process.replies
+    process.feed(PeerUp(leader))
+    cluster.run_until(lambda: 10_000 in process.replies)
+
+    assert isinstance(process.replies[10_000], Outcome)
 
 
 def test_requests_of_one_batch_share_one_append() -> None:
