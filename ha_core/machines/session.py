@@ -153,6 +153,8 @@ class Session:
         if self.active is connection:
             self.active = None
             self.consider(now_ns)
+        elif self.active is not None:
+            self._tell_everything(self.active, now_ns)
 
     def consider(self, now_ns: int) -> None:
         """Choose the active connection anew if there is none, or if its path is in doubt and another one is better."""
@@ -256,9 +258,10 @@ class Session:
 
     def send_acks(self, now_ns: int) -> None:
         """Acknowledge on each connection where that is due; everywhere while such a one is in doubt."""
-        due = [item for item in self.connections.values() if item.ack_ns is not None and item.ack_ns <= now_ns]
-        if not due:
+        if not any(item.ack_ns is not None and item.ack_ns <= now_ns for item in self.connections.values()):
             return
+        # All that wait at once: each must say the news, since the frame of any one may get lost with its connection.
+        due = [item for item in self.connections.values() if item.ack_ns is not None]
         if any(connection.liveness.timeouts for connection in due):
             due = list(self.connections.values())
         for connection in due:

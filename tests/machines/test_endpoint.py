@@ -483,6 +483,24 @@ def test_a_grant_that_a_reset_swallows_is_repeated_at_once() -> None:
     assert world.run(10, until=lambda: len(b.delivered["c"]) == 600)
 
 
+@pytest.mark.parametrize("lost", LINKS)
+def test_an_acknowledgement_that_a_reset_swallows_is_repeated(lost: LinkName) -> None:
+    world = World()
+    a, b = joined(world)
+    a.send(b, b"the first one widens the window", redundant=True)
+    world.run(50)
+
+    world.cut(b, a, lost, one_way=True)
+    a.send(b, b"to be acknowledged", redundant=True)
+    world.run(2)
+    reset(world, b, lost)
+    world.run(20)
+
+    session = a.machine.session_with(b.node)
+    assert session is not None
+    assert session.channels()[0].segments == {}
+
+
 def test_idle_paths_are_probed_and_their_loss_is_seen() -> None:
     world = World()
     a, b = joined(world)
@@ -815,14 +833,21 @@ def test_whatever_happens_to_paths_messages_arrive_once_and_in_order(number: int
                 world.heal()
             case 4:
                 world.freeze(rng.choice([a, b]), rng.randrange(500))
-        world.run(rng.choice([1, 10, 100, 1_000, 3_000]))
+            case 5:
+                links = sorted({wire.link for wire, _ in a.wires.values()})
+                if links:
+                    reset(world, a, rng.choice(links))
+        world.run(rng.choice([1, 4, 10, 30, 100, 1_000, 3_000]))
 
     world.heal()
-    world.run(40_000)
+    world.run(90_000)
 
     assert len(a.of(m.SessionUp)) == 1
     for one, other in ((a, b), (b, a)):
         for channel in ("c", "d", "r"):
             assert other.delivered.get(channel, []) == expected.get((one.name, channel), [])
+        session = one.machine.session_with(other.node)
+        assert session is not None
+        assert all(channel.base == channel.top for channel in session.channels()), "acknowledgements got lost for ever"
     assert set(a.path_states().values()) == set(b.path_states().values()) == {UP}
     assert node_id("h1") == a.node
