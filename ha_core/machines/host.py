@@ -1,14 +1,14 @@
 """What one host's aam adds to its AAM machine: whom it talks to, and who is a member.
 
 A child of the NodeMachine (``host_child``), and the parent of the AamMachine. It keeps the endpoint's peers equal to the
-registered hosts. Each aam introduces itself on channel ``aam`` when a session comes up: its replica and its addresses. The
+registered hosts and the members: who was taken from the registered hosts still votes until it is a member no longer. Each aam introduces itself on channel ``aam`` when a session comes up: its replica and its addresses. The
 leader makes members of those that are registered (machines/membership.py), one change at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, cast
 
 import attrs
 import msgpack
@@ -25,12 +25,17 @@ from ha_core.machines.database_events import (
     PeerDown,
     PeerUp,
     Reconfigure,
+    Transfer,
     WatchTaken,
     from_endpoint,
 )
-from ha_core.machines.membership import REPLACE_AFTER_NS, Contact, next_change
+from ha_core.machines.failover.commands import RegisterHost
+from ha_core.machines.failover.records import Host
+from ha_core.machines.keyvalue.model import Call
+from ha_core.machines.membership import REPLACE_AFTER_NS, Contact, next_change, next_leader
 from ha_core.machines.messages import Consumed, DeliverRun, ForgetPeer, PeerReachable, Priority, SendRun, SetPeer
 from ha_core.machines.node import Child
+from ha_core.machines.raft.types import ConfigurationChanged
 
 INTRODUCTION: Final = ChannelName("aam")
 REVIEW_NS: Final = 500_000_000
@@ -67,8 +72,11 @@ class HostMachine:
         addresses: Mapping[LinkName, str],
         aam: AamMachine,
         primaries: Mapping[NodeId, Mapping[LinkName, str]],
+        founds: Host | None = None,
     ) -> None:
-        """``primaries``: whom this host knew when it was last up; the registered hosts are added as the database tells them."""
+        """``primaries``: whom this host knew when it was last up; the registered hosts are added as the database tells them.
+        ``founds``: this host's record, if it is the first of its cluster: it registers itself, but only while no host is
+        registered at all, else the founder could never be removed."""
         self.aam = aam
         self._node = node
         self._introduction = _encode(replica, addresses)
@@ -76,6 +84,7 @@ class HostMachine:
         self._peers: dict[NodeId, _Peer] = {}
         self._set: dict[NodeId, Mapping[LinkName, str]] = {}
         self._known_at_start = dict(primaries)
+        self._founds = founds
         self._review_ns = 0
         self._change_open = False
 
@@ -132,13 +141,26 @@ class HostMachine:
             change = self._review(now_ns)
             if change is not None:
                 self.aam.receive([change], now_ns)
+        found = self._found()
+        if found is not None:
+            self.aam.receive([found], now_ns)
         for effect in self.aam.take_effects():
             if isinstance(effect, DatabaseReply) and effect.request == _CHANGE_REQUEST:
                 self._change_open = False
                 continue
-            if isinstance(effect, RecordsChanged):
+            if isinstance(effect, RecordsChanged | ConfigurationChanged):
                 self._follow_the_hosts()
             self._effects.append(effect)
+
+    def _found(self) -> DatabaseRequest | None:
+        if self._founds is None or self._change_open or not self.aam.coordinating:
+            return None
+        if self.aam.inventory.hosts:
+            self._founds = None
+            return None
+        self._change_open = True
+        command = RegisterHost.of(self._founds)
+        return DatabaseRequest(_CHANGE_REQUEST, Call(command.name, command.args()), _CHANGE_TIMEOUT_NS)
 
     # -- peers --
 
@@ -161,11 +183,15 @@ class HostMachine:
         self._effects.append(Consumed(run.peer, run.channel, len(run.bodies), sum(map(len, run.bodies))))
 
     def _follow_the_hosts(self) -> None:
-        """The endpoint's peers are the registered hosts' aams; before the database is there, those known at the start."""
+        """The endpoint's peers are the registered hosts' aams, and whoever is still a member; before the database is there,
+        those known at the start."""
+        configuration = self.aam.database.configuration
+        members = configuration.members if configuration is not None else {}
         wanted: dict[NodeId, Mapping[LinkName, str]] = {
-            NodeId(f"aam@{host.name}"): {LinkName(link): address for link, address in host.addresses}
-            for host in self.aam.inventory.hosts.values()
+            node: dict(member.addresses) for node, member in sorted(members.items()) if member.addresses
         }
+        for host in self.aam.inventory.hosts.values():
+            wanted[NodeId(f"aam@{host.name}")] = {LinkName(link): address for link, address in host.addresses}
         if host_of(self._node) not in self.aam.inventory.hosts:
             wanted = {**self._known_at_start, **wanted}
         wanted.pop(self._node, None)
@@ -180,17 +206,16 @@ class HostMachine:
         if not self.aam.coordinating or self._change_open or configuration is None:
             return None
         contacts = {node: self._contact(node, now_ns) for node in sorted({*self._peers, *configuration.nodes} - {self._node})}
+        registered = [NodeId(f"aam@{name}") for name in sorted(self.aam.inventory.hosts)]
         change = next_change(
-            configuration,
-            leader=self._node,
-            registered=[NodeId(f"aam@{name}") for name in sorted(self.aam.inventory.hosts)],
-            contacts=contacts,
-            replace_after_ns=REPLACE_AFTER_NS,
-        )
-        if change is None:
+            configuration, leader=self._node, registered=registered, contacts=contacts, replace_after_ns=REPLACE_AFTER_NS
+        )  # fmt: skip
+        heir = next_leader(configuration, leader=self._node, registered=registered, contacts=contacts)
+        if change is None and heir is None:
             return None
         self._change_open = True
-        return DatabaseRequest(_CHANGE_REQUEST, Reconfigure(change), _CHANGE_TIMEOUT_NS)
+        operation = Reconfigure(change) if change is not None else Transfer(cast(NodeId, heir))
+        return DatabaseRequest(_CHANGE_REQUEST, operation, _CHANGE_TIMEOUT_NS)
 
     def _contact(self, node: NodeId, now_ns: int) -> Contact:
         known = self._peer(node)

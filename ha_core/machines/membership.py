@@ -8,8 +8,9 @@ Rules, in the order in which they are tried:
 4. A voter that has been silent for ``replace_after_ns`` is replaced: first a live learner is promoted, then the dead one goes.
 5. While there are fewer voters than wanted, a live learner is promoted.
 
-Never is a change proposed after which the live voters would be no quorum, and never the leader itself removed. Wanted are five,
-or the largest odd number that the live members allow: an even number adds a voter without tolerating one more failure.
+Never is a change proposed after which the live voters would be no quorum, and never the leader itself removed: one whose own
+host is no longer registered hands over first (``next_leader``). Wanted are five, or the largest odd number that the live
+members allow: an even number adds a voter without tolerating one more failure.
 """
 
 from __future__ import annotations
@@ -63,6 +64,20 @@ def next_change(
         if _is_safe(configuration, change, leader, contacts):
             return change
     return None
+
+
+def next_leader(
+    configuration: Configuration,
+    *,
+    leader: NodeId,
+    registered: Collection[NodeId],
+    contacts: Mapping[NodeId, Contact],
+) -> NodeId | None:
+    """To whom a leader whose own host is no longer registered hands over; None if it may stay, or nobody can take it."""
+    if leader in registered or configuration.outgoing:
+        return None
+    voters = [node for node in configuration.voters if node != leader and node in registered and _is_alive(node, contacts)]
+    return next((node for node in voters if not _is_other(configuration, node, contacts)), None)
 
 
 def _removals(configuration: Configuration, registered: Collection[NodeId], contacts: Mapping[NodeId, Contact]) -> list[Change]:
@@ -121,5 +136,9 @@ def _is_safe(configuration: Configuration, change: Change, leader: NodeId, conta
         after = change_configuration(configuration, change)
     except ConfigurationRefused:
         return False
-    alive = [node for node in after.voters if node == leader or _is_alive(node, contacts)]
+    alive = [
+        node
+        for node in after.voters
+        if node == leader or (_is_alive(node, contacts) and not _is_other(configuration, node, contacts))
+    ]
     return after.voters == configuration.voters or after.has_quorum(alive)
