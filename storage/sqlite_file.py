@@ -48,6 +48,8 @@ class OpenFile:
     created: bool
     unclean: bool
     """The last owner did not close it."""
+    cursors: list[sqlite3.Cursor] = attrs.field(factory=list)
+    """Kept cursors, closed before the connection: one that holds a statement (after executemany it does) holds the lock."""
 
 
 def code_of(exc: BaseException) -> int:
@@ -85,21 +87,22 @@ async def open_file(
         connection = await connect(str(path), timeout_s=timeout_s)
     except sqlite3.Error as exc:
         raise storage_error(exc, path) from exc
+    cursors: list[sqlite3.Cursor] = []
     try:
         try:
             created = await connection.run(_prepare, connection.database(), path, kind, unclean, max_page_count)
         except sqlite3.Error as exc:
             raise storage_error(exc, path) from exc
-        yield OpenFile(path, connection, created, unclean and not created)
+        yield OpenFile(path, connection, created, unclean and not created, cursors)
     finally:
-        await close(connection)
+        await close(connection, cursors)
 
 
-async def close(connection: Connection) -> None:
+async def close(connection: Connection, cursors: Sequence[sqlite3.Cursor] = ()) -> None:
     """Close, or let go of a thread that does not come back; the file is sound either way."""
     with trio.move_on_after(CLOSE_S, shield=True) as scope:
         try:
-            await connection.run_or_leave(partial(_close, connection.database()))
+            await connection.run_or_leave(partial(_close, connection.database(), cursors))
         except (ValueError, sqlite3.Error):
             pass  # it is closed already, or its last write failed and was reported then
         connection.stop()
@@ -107,7 +110,9 @@ async def close(connection: Connection) -> None:
         connection.abandon()
 
 
-def _close(database: sqlite3.Connection) -> None:
+def _close(database: sqlite3.Connection, cursors: Sequence[sqlite3.Cursor]) -> None:
+    for cursor in cursors:
+        cursor.close()
     if database.in_transaction:
         database.rollback()
     database.set_authorizer(None)

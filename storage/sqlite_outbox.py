@@ -135,12 +135,6 @@ class Outbox:
         """
         size = len(body) + MESSAGE_BYTES
         if record.used_bytes + size > self._limit_bytes - self.total_bytes and admit:
-            record.wanted_bytes = record.pending_bytes + size
-            if 2 * record.wanted_bytes > self._limit_bytes:
-                raise LocalProtocolError(
-                    f"{record.to}, channel {record.name!r}: one transaction sends {record.wanted_bytes} bytes and more, "
-                    f"the outbox takes {self._limit_bytes // 2} on a channel: send less at once or raise outbox_max_bytes"
-                )
             raise OutboxFullError(
                 f"{record.to}, channel {record.name!r}: the outbox has no room (it holds {self.total_bytes} of "
                 f"{self._limit_bytes} bytes, {record.used_bytes} of them for this channel): wait_for_room, then call again"
@@ -155,6 +149,20 @@ class Outbox:
         record.used_bytes += size
         self.total_bytes += size
         return record.last + len(pending)
+
+    def refused(self, record: OutgoingRecord, start: int, byte_count: int) -> None:
+        """Note what a function wanted, which has sent ``pending[start:]`` and was refused ``byte_count`` more.
+
+        Raises:
+            LocalProtocolError: it would not fit into an empty outbox either.
+        """
+        wanted = sum(len(body) + MESSAGE_BYTES for body in record.pending[start:]) + byte_count + MESSAGE_BYTES
+        record.wanted_bytes = wanted
+        if 2 * wanted > self._limit_bytes:
+            raise LocalProtocolError(
+                f"{record.to}, channel {record.name!r}: one transaction sends {wanted} bytes and more, the outbox takes "
+                f"{self._limit_bytes // 2} on a channel: send less at once or raise outbox_max_bytes"
+            )
 
     def truncate(self, record: OutgoingRecord, count: int) -> None:
         """Give back what a function sent that is rolled back."""

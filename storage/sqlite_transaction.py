@@ -66,6 +66,8 @@ class Transaction:
         self._database = database
         self._cursor = database.cursor()
         self._own = database.cursor()
+        self.cursors = (self._cursor, self._own)
+        """For the store to close."""
         self._outbox = outbox
         self._store = store
         self._mark = mark
@@ -246,6 +248,8 @@ class Transaction:
             number = self._outbox.add(record, body if type(body) is bytes else _bytes(body))
         except OutboxFullError as exc:
             self._doom = exc
+            start = next(count for one, count in self._touched if one is record)
+            self._outbox.refused(record, start, len(body))
             raise
         return MessageId(self._store, record.to, record.name, number)
 

@@ -420,6 +420,7 @@ async def open_transaction_store(
             identity, outbox, tx, incoming, names = await file.connection.run(build)
         except sqlite3.Error as exc:
             raise storage_error(exc, path) from exc
+        file.cursors.extend(tx.cursors)
         store = TransactionStore(file, identity, outbox, tx)
         store.incoming = incoming
         store.requested = names

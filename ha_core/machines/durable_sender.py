@@ -35,6 +35,8 @@ from ha_core.machines.durable_wire import (
 
 HELD_BYTES = 2 * FLIGHT_BYTES
 """What of one channel's outbox is kept in memory."""
+PEER_BYTES = 16 * FLIGHT_BYTES
+"""What may be on its way to one peer on all channels together: a session's queue is bounded."""
 
 
 @attrs.define
@@ -97,6 +99,10 @@ class Sender:
         self._by_peer: dict[NodeId, dict[ChannelName, OutgoingChannel]] = {}
         self._grants: dict[NodeId, dict[ChannelName, ChannelReport]] = {}
         """Credit in this session for channels on which nothing was ever sent."""
+        self._peer_bytes: dict[NodeId, int] = {}
+        """On their way to each peer, over all channels."""
+        self._held_back: dict[NodeId, dict[ChannelName, OutgoingChannel]] = {}
+        """Channels that wait until less is on its way to their peer."""
         self.effects: list[Effect] = []
         self.frames: dict[NodeId, list[bytes]] = {}
         for state in channels:
@@ -168,14 +174,14 @@ class Sender:
 
     def session_down(self, peer: NodeId) -> None:
         self._grants.pop(peer, None)
+        self._held_back.pop(peer, None)
         self.frames.pop(peer, None)
         for channel in self._by_peer.get(peer, {}).values():
             channel.open = False
             channel.unchecked = None
             channel.limit = 0
             channel.sent = channel.acked
-            channel.on_way = 0
-            channel.on_way_bytes = 0
+            self._count_on_way(channel, -channel.on_way, -channel.on_way_bytes)
             if channel.held and channel.held[0].first > channel.acked + 1:
                 self._drop_held(channel)
 
@@ -243,9 +249,8 @@ class Sender:
         self._forget(channel, report.cursor, report.digest)
         channel.sent = report.received
         while channel.on_way < len(channel.held) and channel.held[channel.on_way].last <= report.received:
-            channel.on_way_bytes += channel.held[channel.on_way].size
-            channel.on_way += 1
-        self._pump(channel)
+            self._count_on_way(channel, 1, channel.held[channel.on_way].size)
+        self._go_on(channel)
 
     def _acknowledge(self, channel: OutgoingChannel, report: ChannelReport) -> None:
         if report.cursor > channel.sent:
@@ -257,7 +262,7 @@ class Sender:
                 return
             self._forget(channel, report.cursor, report.digest)
         channel.limit = max(channel.limit, report.limit)
-        self._pump(channel)
+        self._go_on(channel)
 
     def _forget(self, channel: OutgoingChannel, cursor: int, digest: bytes) -> None:
         if cursor > channel.acked:
@@ -269,10 +274,26 @@ class Sender:
             size = held.popleft().size
             channel.held_bytes -= size
             if channel.on_way:
-                channel.on_way -= 1
-                channel.on_way_bytes -= size
+                self._count_on_way(channel, -1, -size)
 
     # -- sending --
+
+    def _count_on_way(self, channel: OutgoingChannel, rows: int, size: int) -> None:
+        channel.on_way += rows
+        channel.on_way_bytes += size
+        self._peer_bytes[channel.to] = self._peer_bytes.get(channel.to, 0) + size
+
+    def _go_on(self, channel: OutgoingChannel) -> None:
+        """Something was acknowledged: those who waited for the peer's share come first, in their order."""
+        waiting = self._held_back.get(channel.to)
+        if not waiting:
+            self._pump(channel)
+            return
+        waiting.setdefault(channel.name, channel)
+        for name in list(waiting):
+            if self._peer_bytes.get(channel.to, 0) >= PEER_BYTES:
+                return
+            self._pump(waiting.pop(name))
 
     def _pump(self, channel: OutgoingChannel) -> None:
         if not channel.open or channel.forked:
@@ -285,13 +306,16 @@ class Sender:
             run = held[channel.on_way]
             if run.last > channel.limit or (channel.on_way and channel.on_way_bytes + run.size > FLIGHT_BYTES):
                 return
+            on_way_bytes = self._peer_bytes.get(channel.to, 0)
+            if on_way_bytes and on_way_bytes + run.size > PEER_BYTES:
+                self._held_back.setdefault(channel.to, {})[channel.name] = channel
+                return
             frame = self._frame(channel, run)
             if frame is None:
                 return
             self.frames.setdefault(channel.to, []).append(frame)
             channel.sent = run.last
-            channel.on_way += 1
-            channel.on_way_bytes += run.size
+            self._count_on_way(channel, 1, run.size)
 
     def _frame(self, channel: OutgoingChannel, run: OutboxRun) -> bytes | None:
         if channel.sent + 1 == run.first:
@@ -313,7 +337,8 @@ class Sender:
 
     def _drop_held(self, channel: OutgoingChannel) -> None:
         channel.held.clear()
-        channel.held_bytes = channel.on_way = channel.on_way_bytes = 0
+        channel.held_bytes = 0
+        self._count_on_way(channel, -channel.on_way, -channel.on_way_bytes)
 
     # -- what cannot be repaired --
 

@@ -122,16 +122,16 @@ class NodeMachine:
 
     def receive(self, events: Sequence[Event], now_ns: int) -> None:
         endpoint: list[Event] = []
-        others: dict[int, tuple[Child, list[Event]]] = {}
+        others: dict[Child, list[Event]] = {}
         for event in events:
             owner = self._owner.get(type(event))
             if owner is None:
                 endpoint.append(event)
             else:
-                others.setdefault(id(owner), (owner, []))[1].append(event)
+                others.setdefault(owner, []).append(event)
         if endpoint:
             self._endpoint.receive(endpoint, now_ns)
-        for child, own in others.values():
+        for child, own in others.items():
             child.machine.receive(own, now_ns)
         self._settle(now_ns)
 

@@ -10,6 +10,7 @@ from ha_core.errors import InvariantError
 from ha_core.ids import ChannelName, NodeId, SessionId, StoreId
 from ha_core.machines.durable import REPORTS_CHANNEL, RUNS_CHANNEL
 from ha_core.machines.durable_events import Attempt, Batch, BatchDone, HandlerClosed, HandlerOpened, IncomingState, RunBatch
+from ha_core.machines.durable_sender import PEER_BYTES
 from ha_core.machines.durable_wire import (
     FLIGHT_BYTES,
     START_DIGEST,
@@ -113,6 +114,24 @@ def test_bytes_on_their_way_are_bounded() -> None:
     assert one.machine.sender.channels[two.name, C].held_bytes <= 3 * FLIGHT_BYTES
     wire.settle()
     assert two.bodies() == [big] * 40
+
+
+def test_bytes_on_their_way_to_one_peer_are_bounded_over_all_channels() -> None:
+    one, two, wire = pair(handler=False)
+    names = [ChannelName(f"channel {number}") for number in range(40)]
+    body = b"x" * 250_000
+    for name in names:
+        two.feed(HandlerOpened(name, 2048))
+    wire.settle()
+    for name in names:
+        for _ in range(5):
+            one.commit(two.name, name, [body])
+
+    queued = sum(len(frame) for frame in one.out[two.name, RUNS_CHANNEL])
+    assert PEER_BYTES // 2 < queued <= PEER_BYTES
+
+    wire.settle()
+    assert len(two.disk.effects) == 5 * len(names)
 
 
 def test_what_is_not_in_memory_is_loaded() -> None:
@@ -567,6 +586,20 @@ def test_attempts_narrow_only_after_a_crash() -> None:
     assert job.attempt == Attempt(1, 64, 1, 64)
 
 
+def heal(wire: Wire, names: list[ChannelName]) -> None:
+    """Handlers that work, a fresh session, and time."""
+    for node in (wire.one, wire.two):
+        node.handler = lambda body: None
+        for name in names:
+            node.feed(HandlerOpened(name, 2048))
+    wire.down()
+    wire.up()
+    for _ in range(20):
+        wire.settle()
+        for node in (wire.one, wire.two):
+            node.wait(10_000_000_000)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_exactly_once_through_random_cuts_crashes_and_failures(seed: int) -> None:
     """Both directions, two channels, everything at random; then heal and demand everything."""
@@ -623,17 +656,7 @@ def test_exactly_once_through_random_cuts_crashes_and_failures(seed: int) -> Non
             open_handlers(node)
             wire.up()
 
-    for node in (one, two):
-        node.handler = lambda body: None
-        for name in names:
-            node.feed(HandlerOpened(name, 2048))
-    wire.down()
-    wire.up()
-    for _ in range(20):
-        wire.settle()
-        for node in (one, two):
-            node.wait(10_000_000_000)
-
+    heal(wire, names)
     for node, peer in ((one, two), (two, one)):
         assert node.forks == []
         assert node.disk.dead == []
