@@ -28,7 +28,7 @@ MUTANTS: list[Mutant] = [
         ),
         invariant="I26",
         campaign="messages",
-        seed=6,
+        seed=8,
     ),
     Mutant(
         name="M4 another life takes over though the present one lives",
@@ -37,7 +37,7 @@ MUTANTS: list[Mutant] = [
         new="            self._establish(peer, connection, ours, theirs, now_ns)\n        else:\n",
         invariant="I11",
         campaign="messages",
-        seed=43,
+        seed=24,
     ),
     Mutant(
         name="M5 acknowledged on receipt instead of on commit",
@@ -46,6 +46,7 @@ MUTANTS: list[Mutant] = [
         new="ChannelReport(self.name, self.received, self.received_digest, ",
         invariant="I5",
         campaign="messages",
+        seed=1,
     ),
     Mutant(
         name="M12 credit counted twice",
@@ -66,6 +67,7 @@ MUTANTS: list[Mutant] = [
         ),
         invariant="I23",
         campaign="messages",
+        seed=18,
     ),
     Mutant(
         name="M26 a datagram of an earlier session is taken in the present one",
@@ -77,7 +79,7 @@ MUTANTS: list[Mutant] = [
         ),
         invariant="I16",
         campaign="messages",
-        seed=7,
+        seed=18,
     ),
     Mutant(
         name="M28 a poison message blocks for ever",
@@ -95,6 +97,7 @@ MUTANTS: list[Mutant] = [
         new="            if kind not in _KNOWN:\n",
         invariant="I28",
         campaign="messages",
+        seed=1,
     ),
     Mutant(
         name="M33 no prefix digest, so a restored backup that has caught up is not seen",
@@ -103,5 +106,6 @@ MUTANTS: list[Mutant] = [
         new="        before = START_DIGEST\n",
         invariant="I10",
         campaign="messages",
+        seed=13,
     ),
 ]

@@ -227,17 +227,18 @@ class _Known:
 class Oracle:
     """All that was ever committed, by prefix digest; judges each step of a cursor."""
 
-    def __init__(self, sim: Simulation) -> None:
+    def __init__(self, sim: Simulation, alive: Callable[[str], bool]) -> None:
         self._sim = sim
+        self._alive = alive
         self._histories: dict[tuple[StoreId, NodeId, ChannelName], dict[bytes, _Known]] = {}
         self._reached: dict[tuple[StoreId, NodeId, ChannelName], set[bytes]] = {}
         """Prefix digests that were durable at the receiver at some time."""
         self.lives: dict[str, int] = {}
         """The present life of each process."""
         self._owner: dict[tuple[str, int, StoreId], list[str]] = {}
-        """Per life of a receiving process: the owners of a store for which it has advanced, in order. Within a life it serves
-        one owner after another, never the first again; a receiver that restarted no longer knows whom it served (what it
-        then takes still is one history, and each difference is reported)."""
+        """Per life of a receiving process: the owners of a store for which it has advanced, in order. Within a life it never
+        goes back to an owner while the one that followed lives; a receiver that restarted no longer knows whom it served
+        (what it then takes still is one history, and each difference is reported)."""
         self.tampered: set[StoreId] = set()
         """Stores that were restored or cloned: their numbers may be used again."""
 
@@ -333,7 +334,7 @@ class Oracle:
         if len(found.owners) == 1:
             owner = next(iter(found.owners))
             if not owners or owners[-1] != owner:
-                if owner in owners:
+                if owner in owners and self._alive(owners[-1]):
                     self._sim.violate("I11", f"{where}: advances for {owner} again, after {owners[-1]}")
                 owners.append(owner)
 
