@@ -13,9 +13,9 @@ import trio
 from ha_core.machines.contract import Effect, Event, Machine, feed
 from ha_core.runtime.clock import now_ns
 
-SETTLE_TICKS = 8
+SETTLE_TICKS = 6
 """Something posted alone waits two ticks of the scheduler longer; while more keeps coming, the driver waits for so many ticks ..."""
-FLOW_S = 0.0002
+FLOW_S = 0.0004
 """... and then once for this long, so that a task which sends one message a tick does not pay for a feeding with each."""
 
 
