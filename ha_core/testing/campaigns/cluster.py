@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
-from ha_core.config import FAST, LAN, ns
+from ha_core.config import FAST, LAN, Profile, ns
 from ha_core.guard.renewal import RenewalCodec
 from ha_core.ids import HostName, NodeId, ReplicaId, VmName
 from ha_core.machines.aam import AamMachine, AnswerGuard, GuardDatagram, Ping, RecordsChanged, VerdictChanged
@@ -79,11 +79,13 @@ def _nothing(effect: object) -> None:
 
 
 class World:
-    def __init__(self, sim: Simulation) -> None:
+    def __init__(self, sim: Simulation, *, profile: Profile | None = None, size: int = 0) -> None:
+        """The seed draws the profile and the number of hosts where they are not given."""
         self.sim = sim
         self.rng = rng = sim.stream("world")
-        self.profile = rng.choice([LAN, FAST, FAST])
-        names = [f"h{number}" for number in range(1, rng.choice([3, 3, 4, 5]) + 1)]
+        drawn = rng.choice([LAN, FAST, FAST]), rng.choice([3, 3, 4, 5])
+        self.profile = profile or drawn[0]
+        names = [f"h{number}" for number in range(1, (size or drawn[1]) + 1)]
         self.network = SimNetwork(sim, names, links=("a", "b"))
         self.messages = SimMessages(self.network)
         self.checker = ClusterChecker(sim)
@@ -101,6 +103,8 @@ class World:
         self._away: list[str] = []
         self._held: dict[str, list[tuple[str, str, bytes]]] = {}
         """Messages to AAMs whose streams are stalled."""
+        self._backlogs: dict[str, list[RecordsSeen]] = {}
+        """What lagging host agents have not been told yet."""
         for host in self.hosts.values():
             self._add_aam(host)
         nodes = [NodeId(f"aam@{name}") for name in names]
@@ -214,12 +218,32 @@ class World:
         assert host.aam is not None
         machine = host.aam.machine
         if isinstance(machine, AamMachine):
+            self._backlogs.pop(host.name, None)
             records = machine.database.state.range(PREFIX)
             items = [(record.key, record.value) for record in records]
             host.agent.post(RecordsSeen(machine.database.state.index, items, restored=True))
 
     def _records(self, host: ClusterHost, effect: RecordsChanged) -> None:
-        self.sim.after(LOCAL_NS, host.agent.post, RecordsSeen(effect.index, effect.changes, effect.restored))
+        seen = RecordsSeen(effect.index, effect.changes, effect.restored)
+        if host.name in self._backlogs:
+            self._backlogs[host.name].append(seen)
+        else:
+            self.sim.after(LOCAL_NS, host.agent.post, seen)
+
+    def _lag(self, host: ClusterHost, duration_ns: int) -> None:
+        """What the host agent is told of the records waits for a while, then comes one by one."""
+        if host.name not in self._backlogs:
+            self.sim.fault("records-lag")
+            self._backlogs[host.name] = []
+            self.sim.after(duration_ns, self._catch_up, host)
+
+    def _catch_up(self, host: ClusterHost) -> None:
+        backlog = self._backlogs.get(host.name)
+        if backlog:
+            host.agent.post(backlog.pop(0))
+            self.sim.after(2 * MILLISECOND, self._catch_up, host)
+        elif backlog is not None:
+            del self._backlogs[host.name]
 
     def _agent_proposes(self, host: ClusterHost, effect: Propose) -> None:
         life = host.agent.lives
@@ -431,6 +455,10 @@ class World:
                 if rng.random() < 0.5 and self.swarm.get("stream-stall"):
                     delay_ns = int(duration_ns * rng.uniform(0.1, 1.0))
                     self._stall(f"aam@{host.name}", delay_ns + int(duration_ns * rng.uniform(1.0, 2.0)))
+                elif rng.random() < 0.7 and self.swarm.get("records-lag"):
+                    delay_ns = int(duration_ns * rng.uniform(0.05, 0.5))
+                    self._lag(host, delay_ns + int(duration_ns * rng.uniform(0.9, 1.5)))
+                    self.order(c.MoveVm(rng.choice(sorted(self.checker.truth.vms)), host.name))
                 self.sim.after(delay_ns, self._cut, sorted(group), duration_ns)
                 if rng.random() < 0.3:
                     host.host.freeze(int(duration_ns * rng.uniform(0.1, 1.2)))
@@ -493,7 +521,7 @@ class ClusterCampaign:
     faults: Sequence[str] = (
         "loss", "delay", "reorder", "duplicate", "replay", "path-cut", "one-way-cut", "partition", "clog", "reset",
         "disk-slow", "disk-error", "disk-full", "disk-crash", "agent-crash", "agent-stop", "agents-stop-all",
-        "isolation", "stream-stall", "agents-crash-all", "power-loss", "vm-crash", "fail-start",
+        "isolation", "stream-stall", "records-lag", "agents-crash-all", "power-loss", "vm-crash", "fail-start",
     )  # fmt: skip
 
     def play(self, sim: Simulation) -> None:
