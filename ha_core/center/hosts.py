@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trio
 
-from ha_core.errors import NotLeaderError, NoUsablePathError, TransportError
+from ha_core.errors import HAError, NoUsablePathError, RemoteProtocolError, TransportError
 from ha_core.runtime.rpc import dial_rpc
 
 ATTEMPT_S = 2.0
@@ -26,8 +26,14 @@ class Hosts:
     def learn(self, addresses: Sequence[str]) -> None:
         self._addresses += [address for address in addresses if address and address not in self._addresses]
 
-    async def call(self, method: str, **params: object) -> object:
-        """Ask some vpxa; a request that is lost is asked again elsewhere: all that the center sends may be repeated.
+    def forget(self, address: str) -> None:
+        """A host that has left; the last address is kept, there may be a new host behind it."""
+        if address in self._addresses and len(self._addresses) > 1:
+            self._addresses.remove(address)
+
+    async def call(self, method: str, /, **params: object) -> object:
+        """Ask some vpxa; a request that is lost or may be repeated (no leader just now, an outcome that nobody knows, a host that
+        left) is asked again elsewhere: all that the center sends may be done twice.
 
         Raises:
             NoUsablePathError: no vpxa answered; the text says who was tried.
@@ -43,7 +49,9 @@ class Hosts:
                 with trio.fail_after(ATTEMPT_S):
                     async with dial_rpc(address, key=key) as client:
                         return await client.call(method, **params)
-            except (TransportError, NotLeaderError, trio.TooSlowError) as exc:
+            except (HAError, trio.TooSlowError) as exc:
+                if isinstance(exc, HAError) and not (exc.retryable or _is_stranger(exc)):
+                    raise
                 errors.append(f"{address}: {exc or 'no answer'}")
                 self._addresses.append(self._addresses.pop(0))
                 if (round_number + 1) % len(self._addresses) == 0:
@@ -52,7 +60,12 @@ class Hosts:
         raise NoUsablePathError(f"{method}: no vpxa answered: {tried}", paths=tuple(map(str, self._addresses)))
 
 
-async def call_host(address: str, key: bytes, method: str, **params: object) -> object:
+def _is_stranger(error: HAError) -> bool:
+    """A host that does not hold our key: it has left, or its place was taken."""
+    return isinstance(error, RemoteProtocolError) and error.code == "key"
+
+
+async def call_host(address: str, key: bytes, method: str, /, **params: object) -> object:
     """Ask this very vpxa.
 
     Raises:

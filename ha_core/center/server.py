@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -33,7 +34,12 @@ from ha_core.runtime.rpc import Call
 from ha_core.security.join import read_token, seal
 
 R = TypeVar("R", bound=Record)
+E = TypeVar("E", bound=Enum)
 Answer = dict[str, object]
+
+GONE_S = 12.0
+"""How long a removed host may take to stop being a member: a change of leader and two changes of the configuration."""
+LOOK_S = 0.2
 
 
 class Center:
@@ -86,7 +92,7 @@ class Center:
         return {**status, "hosts": hosts, "vms": await self._list_vms(call)}
 
     async def _mode(self, call: Call) -> Answer:
-        mode = Mode(call.text("mode"))
+        mode = _choice(call, "mode", Mode)
         (settings,) = await self._records(Settings) or [Settings()]
         await self._command(commands.SetSettings.of(attrs.evolve(settings, mode=mode)))
         return {"mode": mode.value}
@@ -97,9 +103,10 @@ class Center:
         """Register a host by its FQDN and hand it the cluster key under its join token; it joins by itself."""
         name, address = HostName(call.text("name")), call.text("address")
         token = read_token(call.text("token"))
-        info = cast(Answer, await call_host(address, token, "host.info"))
+        info, joined = await self._info_of(address, token)
         if info["host"] != name:
             raise OperationFailedError(f"{address} is {info['host']}, not {name}: check the name and the address")
+        await self._check_that_it_is_the_same(name, address)
         links = cast(Mapping[str, str], info["links"])
         host = Host(
             name, tuple(sorted(links.items())), cast(int, info["cpu_mhz"]), cast(int, info["memory_mib"]),
@@ -107,11 +114,30 @@ class Center:
         )  # fmt: skip
         await self._command(commands.RegisterHost.of(host))
         status = cast(Answer, await self._hosts.call("cluster.status"))
-        sealed = seal(token, self._key)
-        await call_host(
-            address, token, "host.join", cluster=status["cluster"], sealed=sealed, primaries=status["primaries"]
-        )  # fmt: skip
+        if not joined:
+            sealed = seal(token, self._key)
+            await call_host(
+                address, token, "host.join", cluster=status["cluster"], sealed=sealed, primaries=status["primaries"]
+            )  # fmt: skip
         return {"name": name, "primaries": status["primaries"]}
+
+    async def _info_of(self, address: str, token: bytes) -> tuple[Answer, bool]:
+        """What a host says of itself, and whether it holds our key already: the answer to an earlier request may be lost."""
+        try:
+            return cast(Answer, await call_host(address, token, "host.info")), False
+        except RemoteProtocolError as exc:
+            try:
+                return cast(Answer, await call_host(address, self._key, "host.info")), True
+            except HAError:
+                pass
+            raise OperationFailedError(f"{address}: that is not its join token; its data_dir has it in join.token") from exc
+
+    async def _check_that_it_is_the_same(self, name: HostName, address: str) -> None:
+        """Two hosts of one name would take each other's place for ever."""
+        known = next((host for host in await self._records(Host) if host.name == name), None)
+        held = any(lease.host == name and not lease.revoked for lease in await self._records(Lease))
+        if known is not None and known.management != address and held:
+            raise OperationFailedError(f"{name} is registered at {known.management} and alive: remove it first")
 
     async def _list_hosts(self, call: Call) -> list[Answer]:
         status = cast(Answer, await self._hosts.call("cluster.status"))
@@ -150,8 +176,34 @@ class Center:
         return sorted(rows, key=lambda row: (str(row["host"]), str(row["peer"]), str(row["link"])))
 
     async def _remove_host(self, call: Call) -> Answer:
-        await self._command(commands.RemoveHost(HostName(call.text("name"))))
-        return {}
+        """Take it from the registered hosts, wait until it is a member no longer, and tell it to leave."""
+        name = HostName(call.text("name"))
+        hosts = {host.name: host for host in await self._records(Host)}
+        known = hosts.pop(name, None)
+        if known is None:
+            raise OperationFailedError(f"{name}: there is no such host")
+        if not hosts:
+            raise OperationFailedError(f"{name} is the only host of the cluster: there would be nothing left")
+        self._hosts.learn([host.management for host in hosts.values()])
+        await self._command(commands.RemoveHost(name))
+        # Its own replica may never hear that it is a member no longer: from here on only the others are asked.
+        self._hosts.forget(known.management)
+        try:
+            await self._until_no_member(name)
+            await call_host(known.management, self._key, "host.leave", removed=True)
+        except HAError as exc:
+            hint = f"when {name} is back, run there: ha-core host leave --config FILE"
+            return {"name": name, "left": False, "text": f"{name} is removed, but was not told to leave ({exc}); {hint}"}
+        return {"name": name, "left": True, "text": f"{name} has left the cluster"}
+
+    async def _until_no_member(self, name: HostName) -> None:
+        with trio.move_on_after(GONE_S):
+            while True:
+                status = cast(Mapping[str, Sequence[str]], await self._hosts.call("cluster.status"))
+                if status["leader"] and f"aam@{name}" not in (*status["voters"], *status["learners"]):
+                    return
+                await trio.sleep(LOOK_S)
+        raise OperationFailedError(f"it is still a member after {GONE_S:g} s")
 
     async def _maintenance(self, call: Call) -> Answer:
         state = HostState.MAINTENANCE if call.params.get("on") else HostState.ONLINE
@@ -166,8 +218,8 @@ class Center:
         options = params.pop("options", {})
         if not isinstance(options, dict):
             raise RemoteProtocolError("vm.add: options: expected a map", code="params")
-        seconds = {f"{name}_ns": round(cast(float, params.pop(f"{name}_s")) * 1e9) for name in _TIMES if f"{name}_s" in params}
         try:
+            seconds = {f"{name}_ns": round(float(params.pop(f"{name}_s")) * 1e9) for name in _TIMES if f"{name}_s" in params}  # type: ignore[arg-type]
             priority = Priority[str(params.pop("priority", "medium")).upper()]
             vm = Vm(
                 VmName(call.text("name")), options=tuple((str(k), _plain(v)) for k, v in sorted(options.items())),
@@ -183,7 +235,7 @@ class Center:
         return {}
 
     async def _want_vm(self, call: Call) -> Answer:
-        wanted = Wanted(call.text("wanted"))
+        wanted = _choice(call, "wanted", Wanted)
         await self._command(commands.WantVm(VmName(call.text("name")), wanted))
         return {"wanted": wanted.value}
 
@@ -209,6 +261,15 @@ class Center:
         vm, host = call.text("vm", ""), call.text("host", "")
         found = [one for one in await self._records(Decision) if (not vm or one.vm == vm) and (not host or one.host == host)]
         return [attrs.asdict(one) for one in sorted(found, key=lambda one: one.number)]
+
+
+def _choice(call: Call, name: str, kind: type[E]) -> E:
+    value = call.text(name)
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(str(one.value) for one in kind)
+        raise RemoteProtocolError(f"{call.method}: {name}: expected one of {known}, found {value!r}", code="params") from None
 
 
 _TIMES = ("shutdown", "start")

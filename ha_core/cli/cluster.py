@@ -11,9 +11,14 @@ import click
 import trio
 
 from ha_core.config import Config
+from ha_core.errors import TransportError
 from ha_core.roles.founding import create_cluster
+from ha_core.roles.rundir import VPXA_SOCKET, run_dir_of
 from ha_core.runtime.rpc import dial_rpc
 from ha_core.security.key import load_key
+
+ANSWER_S = 90.0
+"""Longer than the center asks all hosts of a cluster that has no quorum."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 Rows = Sequence[Mapping[str, object]]
@@ -34,8 +39,10 @@ def _asks_center(function: F) -> F:
 
 def _ask(center: str, key: Path, method: str, **params: object) -> object:
     async def ask() -> object:
-        async with dial_rpc(center, key=load_key(key)) as client:
-            return await client.call(method, **params)
+        with trio.move_on_after(ANSWER_S):
+            async with dial_rpc(center, key=load_key(key)) as client:
+                return await client.call(method, **params)
+        raise TransportError(f"{center}: the center did not answer in {ANSWER_S:g} s; it may still carry the request out")
 
     return trio.run(ask)
 
@@ -117,11 +124,12 @@ def host() -> None:
 @host.command("add")
 @click.argument("name")
 @click.option("--address", required=True, help="Its management address, host:port.")
-@click.option("--token", required=True, help="The join token that its agent shows.")
+@click.option("--token", required=True, envvar="HA_CORE_TOKEN", help="The join token that its agent shows.")
 @_asks_center
 def add_host(center: str, key: Path, as_json: bool, **params: str) -> None:
     """Register host NAME (its FQDN) and let it join."""
     _ask(center, key, "host.add", **params)
+    click.echo(f"{params['name']} is registered and joins now: ha-core host list shows it")
 
 
 @host.command("list")
@@ -142,8 +150,23 @@ def list_paths(center: str, key: Path, as_json: bool) -> None:
 @click.argument("name")
 @_asks_center
 def remove_host(center: str, key: Path, as_json: bool, name: str) -> None:
-    """Take an empty host out of the cluster."""
-    _ask(center, key, "host.remove", name=name)
+    """Take an empty host out of the cluster: it votes no more, forgets the cluster and its key, and waits to be added anew."""
+    answer = cast(dict[str, object], _ask(center, key, "host.remove", name=name))
+    click.echo(json.dumps(answer) if as_json else answer["text"])
+
+
+@host.command("leave")
+@click.option("--config", type=click.Path(path_type=Path), required=True, help="This host's configuration.")
+def leave_host(config: Path) -> None:
+    """Forget the cluster, on this host: for one that was removed while it could not be reached."""
+    loaded = Config.load(config)
+
+    async def ask() -> None:
+        async with dial_rpc(run_dir_of(loaded) / VPXA_SOCKET) as client:
+            await client.call("host.leave")
+
+    trio.run(ask)
+    click.echo(f"{loaded.node} has left cluster {loaded.cluster}")
 
 
 @host.command()

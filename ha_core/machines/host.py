@@ -1,8 +1,9 @@
 """What one host's aam adds to its AAM machine: whom it talks to, and who is a member.
 
 A child of the NodeMachine (``host_child``), and the parent of the AamMachine. It keeps the endpoint's peers equal to the
-registered hosts and the members: who was taken from the registered hosts still votes until it is a member no longer. Each aam introduces itself on channel ``aam`` when a session comes up: its replica and its addresses. The
-leader makes members of those that are registered (machines/membership.py), one change at a time.
+registered hosts and the members: who is no longer registered still votes until it is a member no longer. Each aam introduces
+itself on channel ``aam`` when a session comes up: its replica and its addresses. The leader makes members of those that are
+registered (machines/membership.py), one change at a time, and hands over first if its own host is not.
 """
 
 from __future__ import annotations

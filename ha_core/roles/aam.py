@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
 import trio
 
 from ha_core import registry
@@ -32,9 +33,9 @@ from ha_core.machines.raft.configuration import Configuration, Member
 from ha_core.machines.raft.types import ConfigurationChanged
 from ha_core.roles.aam_service import AamService
 from ha_core.roles.boots import next_boot
-from ha_core.roles.membership_file import MembershipFile
+from ha_core.roles.membership_file import MembershipFile, is_member
 from ha_core.roles.names_keeper import NamesKeeper, known_peers
-from ha_core.roles.rundir import AAM_SOCKET, make_directories, own_boot_id
+from ha_core.roles.rundir import AAM_SOCKET, make_directories, own_boot_id, store_path
 from ha_core.runtime.database_calls import DatabaseCalls
 from ha_core.runtime.driver import Driver
 from ha_core.runtime.endpoint import EndpointShell
@@ -52,15 +53,20 @@ PING_S = 0.5
 
 
 async def run_aam(config: Config) -> None:
-    """Run until cancelled; before the host has joined a cluster only the watchdog runs."""
+    """Run until cancelled; while the host belongs to no cluster only the watchdog runs."""
     run_dir = make_directories(config)
     watchdog = Watchdog("aam", run_dir, config.profile)
     async with trio.open_nursery() as nursery:
         await nursery.start(watchdog.run)
-        while (membership := MembershipFile.load(config.data_dir)) is None:
-            await trio.sleep(JOIN_POLL_S)
-        async with _open_store(config) as store:
-            await Aam(config, run_dir, membership, store).run()
+        while True:
+            while (membership := MembershipFile.load(config.data_dir)) is None:
+                await trio.sleep(JOIN_POLL_S)
+            async with _open_store(config) as store, trio.open_nursery() as member:
+                member.start_soon(Aam(config, run_dir, membership, store).run)
+                while is_member(config.data_dir, membership):
+                    await trio.sleep(JOIN_POLL_S)
+                member.cancel_scope.cancel()
+            logger.warning("this host has left cluster %s", membership.cluster)
 
 
 @asynccontextmanager
@@ -68,7 +74,7 @@ async def _open_store(config: Config) -> AsyncIterator[RecordStore]:
     engine_class = registry.find("stores", config.store)
     assert callable(engine_class)
     engine: RecordStoreEngine = engine_class()
-    async with engine.open(str(config.data_dir / f"node.{'db' if config.store == 'sqlite' else config.store}"), {}) as store:
+    async with engine.open(str(store_path(config)), {}) as store:
         yield store
 
 
@@ -84,6 +90,7 @@ class Aam:
         self._host = host_of(config.node)
         self._failure: str | None = None
         self._failed = trio.Event()
+        self._primaries_changed = trio.Event()
         self._nursery: trio.Nursery
 
     async def run(self) -> None:
@@ -107,6 +114,7 @@ class Aam:
             await self._nursery.start(self._endpoint.run)
             self._nursery.start_soon(self._records.run)
             self._nursery.start_soon(self._names.run)
+            self._nursery.start_soon(self._keep_membership)
             await self._nursery.start(self._driver.run)
             await self._nursery.start(_serve, self._run_dir / AAM_SOCKET, self._service)
             await self._failed.wait()
@@ -129,7 +137,7 @@ class Aam:
         )  # fmt: skip
         aam = AamMachine(
             node=config.node, host=self._own_record(), database=database, codec=RenewalCodec(membership.cluster, self._key),
-            profile=config.profile, joins=founder, isolation_addresses=config.isolation_addresses,
+            profile=config.profile, isolation_addresses=config.isolation_addresses,
         )  # fmt: skip
         endpoint = EndpointMachine(
             node=config.node, cluster=membership.cluster, key=self._key, store=StoreId(self._store.incarnation), boot=line.boot,
@@ -137,7 +145,7 @@ class Aam:
         )  # fmt: skip
         host = HostMachine(
             node=config.node, replica=ReplicaId(self._store.incarnation), addresses=config.links, aam=aam,
-            primaries={**known_peers(config.data_dir), **membership.primaries},
+            primaries={**known_peers(config.data_dir), **membership.primaries}, founds=self._own_record() if founder else None,
         )  # fmt: skip
         return host, endpoint
 
@@ -197,15 +205,27 @@ class Aam:
             known = hosts.get(host_of(node))
             addresses = dict(known.addresses) if known is not None else dict(configuration.members[node].addresses)
             primaries[node] = {LinkName(link): address for link, address in addresses.items()}
-        if primaries == self._service.primaries:
+        # Founding ends with the first host's registration: a store that is lost later must join anew, never found a second time.
+        voters = {} if host_of(self._config.node) in hosts else self._membership.voters
+        if primaries == self._service.primaries and voters == self._membership.voters:
             return
         self._service.primaries = primaries
         write_primaries(
             str(self._run_dir),
             {str(node): {str(link): one for link, one in links.items()} for node, links in primaries.items()},
         )
-        self._membership = MembershipFile(self._membership.cluster, self._membership.voters, primaries)
-        self._nursery.start_soon(trio.to_thread.run_sync, self._membership.save, self._config.data_dir)
+        self._membership = attrs.evolve(self._membership, voters=voters, primaries=primaries)
+        self._primaries_changed.set()
+
+    async def _keep_membership(self) -> None:
+        """One write at a time, the newest last."""
+        while True:
+            await self._primaries_changed.wait()
+            self._primaries_changed = trio.Event()
+            try:
+                await trio.to_thread.run_sync(self._membership.update, self._config.data_dir)
+            except StorageError as exc:
+                logger.warning("%s", exc)
 
 
 async def _serve(path: Path, service: AamService, *, task_status: trio.TaskStatus[None]) -> None:

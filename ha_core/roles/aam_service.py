@@ -31,6 +31,8 @@ class _Watcher:
     def __init__(self) -> None:
         self.queue: deque[RecordsChanged] = deque()
         self.wake = trio.Event()
+        self.scope = trio.CancelScope()
+        """Cancelled when it is too far behind: it may stand in the middle of a send to a process that is stopped."""
 
 
 class AamService:
@@ -63,6 +65,9 @@ class AamService:
         for watcher in self._watchers:
             watcher.queue.append(change)
             watcher.wake.set()
+            if len(watcher.queue) > MAX_BACKLOG:
+                watcher.queue.clear()
+                watcher.scope.cancel()
 
     async def _call(self, call: Call) -> object:
         """Run a procedure; the answer comes after its commit (I50)."""
@@ -102,17 +107,17 @@ class AamService:
         watcher.wake.set()
         self._watchers.append(watcher)
         try:
-            while True:
-                await watcher.wake.wait()
-                watcher.wake = trio.Event()
-                if len(watcher.queue) > MAX_BACKLOG:
-                    raise TransportError("records.watch: too far behind, begin anew")
-                while watcher.queue:
-                    change = watcher.queue.popleft()
-                    for item in _items(change):
-                        await call.send(item)
+            with watcher.scope:
+                while True:
+                    await watcher.wake.wait()
+                    watcher.wake = trio.Event()
+                    while watcher.queue:
+                        change = watcher.queue.popleft()
+                        for item in _items(change):
+                            await call.send(item)
         finally:
             self._watchers.remove(watcher)
+        raise TransportError("records.watch: too far behind, begin anew")
 
     def _status(self) -> dict[str, object]:
         aam = self._machine.aam

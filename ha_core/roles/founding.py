@@ -7,6 +7,7 @@ from pathlib import Path
 from ha_core.config import Config
 from ha_core.errors import ConfigError
 from ha_core.roles.membership_file import MembershipFile
+from ha_core.runtime.entropy import fresh_id
 from ha_core.security.key import create_key
 
 
@@ -17,7 +18,7 @@ def create_cluster(config: Config) -> Path:
         ConfigError: this host belongs to a cluster already, or its data directory cannot be written.
     """
     try:
-        config.data_dir.mkdir(parents=True, exist_ok=True)
+        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as exc:
         raise ConfigError(f"data_dir: cannot make {config.data_dir}: {exc.strerror}", field="data_dir") from exc
     known = MembershipFile.load(config.data_dir)
@@ -25,5 +26,5 @@ def create_cluster(config: Config) -> Path:
         raise ConfigError(f"{config.data_dir}: this host belongs to cluster {known.cluster!r} already", field="data_dir")
     create_key(config.key_path)
     voters = {config.node: dict(config.links)}
-    MembershipFile(config.cluster, voters, voters).save(config.data_dir)
+    MembershipFile(config.cluster, voters, voters, fresh_id().hex()).save(config.data_dir)
     return config.key_path

@@ -2,31 +2,37 @@
 
 It is written by ``cluster create`` (the first host: itself as the only voter) or by joining (no voters: it learns), and its
 list of primaries is kept current by the aam, so that a host finds its peers when DNS, the center and its old peers are gone.
+vpxa removes it when the host leaves. Two processes change it, so each change holds a lock, and the aam's never makes it anew.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
 
-from ha_core.errors import ConfigError
+from ha_core.errors import ConfigError, StorageError
 from ha_core.ids import LinkName, NodeId
 
 FILE_NAME = "cluster.json"
+LOCK_NAME = "cluster.lock"
 Addresses = Mapping[NodeId, Mapping[LinkName, str]]
 
 
 @attrs.frozen
 class MembershipFile:
-    """``voters``: read only while the store is empty (R25). ``primaries``: whom to talk to."""
+    """``voters``: read only while the store is empty (R25). ``primaries``: whom to talk to. ``joining``: drawn anew each time
+    that the host joins, so that who left and came back is not taken for who stayed."""
 
     cluster: str
     voters: Addresses
     primaries: Addresses
+    joining: str = ""
 
     @classmethod
     def load(cls, data_dir: Path) -> MembershipFile | None:
@@ -38,14 +44,40 @@ class MembershipFile:
         path = data_dir / FILE_NAME
         try:
             data = json.loads(path.read_text())
-            return cls(data["cluster"], _addresses(data["voters"]), _addresses(data["primaries"]))
+            return cls(
+                data["cluster"], _addresses(data["voters"]), _addresses(data["primaries"]), str(data.get("joining", ""))
+            )  # fmt: skip
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
             raise ConfigError(f"{path}: damaged ({exc!r}); restore it, or remove it and join anew", field="cluster") from exc
 
     def save(self, data_dir: Path) -> None:
-        """Replace the file atomically and durably."""
+        """Replace the file atomically and durably.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with _locked(data_dir):
+            self._write(data_dir)
+
+    def update(self, data_dir: Path) -> bool:
+        """``save``, unless the host has left this membership meanwhile: then nothing is written, and the answer is False."""
+        with _locked(data_dir):
+            known = self.load(data_dir)
+            if known is None or known.joining != self.joining:
+                return False
+            self._write(data_dir)
+            return True
+
+    @staticmethod
+    def remove(data_dir: Path) -> None:
+        """The host has left; durable when this returns."""
+        with _locked(data_dir):
+            (data_dir / FILE_NAME).unlink(missing_ok=True)
+            _flush_folder(data_dir)
+
+    def _write(self, data_dir: Path) -> None:
         path = data_dir / FILE_NAME
         new = path.with_suffix(".new")
         with new.open("w") as file:
@@ -53,11 +85,31 @@ class MembershipFile:
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
-        folder = os.open(data_dir, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _flush_folder(data_dir)
+
+
+def is_member(data_dir: Path, since: MembershipFile) -> bool:
+    """False once the host has left, even if it has joined anew meanwhile."""
+    known = MembershipFile.load(data_dir)
+    return known is not None and known.joining == since.joining
+
+
+@contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    try:
+        with (data_dir / LOCK_NAME).open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as exc:
+        raise StorageError(f"{data_dir / FILE_NAME}: cannot write: {exc.strerror}") from exc
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _addresses(data: Mapping[str, Mapping[str, str]]) -> Addresses:

@@ -14,7 +14,7 @@ from typing import cast
 
 import trio
 
-from ha_core.errors import HAError, OperationFailedError, TransportError
+from ha_core.errors import HAError, TransportError
 from ha_core.machines.failover.commands import Command, Outcome
 from ha_core.machines.failover.host_agent import RecordsSeen
 from ha_core.machines.keyvalue.model import Plain
@@ -73,7 +73,7 @@ class Vmap:
         answer = await self.call("records.call", name=command.name, args=list(command.args()))
         return Outcome.decode(tuple(cast(Sequence[Plain], answer)))
 
-    async def call(self, method: str, **params: object) -> object:
+    async def call(self, method: str, /, **params: object) -> object:
         """Ask the aam, waiting for it if it is being restarted.
 
         Raises:
@@ -95,7 +95,3 @@ async def open_vmap(run_dir: Path, on_records: Records) -> AsyncIterator[Vmap]:
         nursery.start_soon(vmap.run)
         yield vmap
         nursery.cancel_scope.cancel()
-
-
-class NotJoinedError(OperationFailedError):
-    """The host belongs to no cluster: VMAP is not loaded."""

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import trio
 
 from ha_core import registry
 from ha_core.config import Config
-from ha_core.errors import ConfigError, RemoteProtocolError
+from ha_core.errors import ConfigError, NotJoinedError, OperationFailedError, RemoteProtocolError
+from ha_core.guard.primaries import FILE_NAME as PRIMARIES
 from ha_core.hypervisors.process import ProcessHypervisor
 from ha_core.ids import HostName, LinkName, NodeId, host_of
 from ha_core.interfaces import Hypervisor
-from ha_core.roles.membership_file import Addresses, MembershipFile
-from ha_core.roles.rundir import JOIN_TOKEN, VPXA_SOCKET, make_directories
+from ha_core.roles.membership_file import Addresses, MembershipFile, is_member
+from ha_core.roles.names_keeper import FILE_NAME as FT_HOSTS
+from ha_core.roles.rundir import JOIN_TOKEN, VPXA_SOCKET, make_directories, store_path
 from ha_core.roles.vm_driver import VmDriver
-from ha_core.roles.vmap import NotJoinedError, Vmap
+from ha_core.roles.vmap import Vmap
+from ha_core.runtime.entropy import fresh_id
 from ha_core.runtime.rpc import Call, serve_tcp, serve_unix
 from ha_core.runtime.watchdog import Watchdog
-from ha_core.security.join import read_token, unseal
+from ha_core.security.join import make_token, unseal
 from ha_core.security.key import load_key, write_key
 
 logger = logging.getLogger(__name__)
@@ -66,26 +70,24 @@ class Vpxa:
             await nursery.start(self._serve_unix)
             nursery.start_soon(self._serve_management)
             while True:
-                await self._until_member()
+                membership = await self._until_member()
                 # The plug-in is found by its name and loaded only now that there is a cluster to talk to.
                 plug_in = registry.find("roles", "vmap")
                 assert callable(plug_in)
                 async with plug_in(self._run_dir, self._vms.records) as vmap:
                     self._vmap = self._vms.vmap = vmap
                     logger.info("joined: VMAP is loaded")
-                    await self._until_left()
+                    while is_member(self._config.data_dir, membership):
+                        await trio.sleep(JOIN_POLL_S)
                 self._vmap = self._vms.vmap = None
                 logger.info("left the cluster: VMAP is unloaded")
 
-    async def _until_member(self) -> None:
-        while MembershipFile.load(self._config.data_dir) is None:
+    async def _until_member(self) -> MembershipFile:
+        while (membership := MembershipFile.load(self._config.data_dir)) is None:
             with trio.move_on_after(JOIN_POLL_S):
                 await self._joined.wait()
         self._joined = trio.Event()
-
-    async def _until_left(self) -> None:
-        while MembershipFile.load(self._config.data_dir) is not None:
-            await trio.sleep(JOIN_POLL_S)
+        return membership
 
     # -- the API --
 
@@ -93,18 +95,24 @@ class Vpxa:
         await serve_unix(self._run_dir / VPXA_SOCKET, self.handle, task_status=task_status)
 
     async def _serve_management(self) -> None:
-        """Over TCP: to who holds the join token until the host has joined, to holders of the cluster key from then on."""
+        """Over TCP: to holders of the cluster key while the host is a member, to who holds its join token while it is not."""
         if not self._config.management:
             return
-        if MembershipFile.load(self._config.data_dir) is None:
-            token = read_token((self._config.data_dir / JOIN_TOKEN).read_text())
+        while True:
+            member = self._is_member()
+            key = load_key(self._config.key_path) if member else make_token(self._config.data_dir / JOIN_TOKEN)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(lambda: serve_tcp(self._management, self.handle, key=token))
-                while MembershipFile.load(self._config.data_dir) is None:
+                nursery.start_soon(self._serve_tcp, key)
+                while self._is_member() == member:
                     await trio.sleep(JOIN_POLL_S)
-                await trio.sleep(JOIN_POLL_S)  # the answer to host.join is on its way
+                await trio.sleep(JOIN_POLL_S)  # the answer to host.join or host.leave is on its way
                 nursery.cancel_scope.cancel()
-        await serve_tcp(self._management, self.handle, key=load_key(self._config.key_path))
+
+    async def _serve_tcp(self, key: bytes) -> None:
+        await serve_tcp(self._management, self.handle, key=key)
+
+    def _is_member(self) -> bool:
+        return MembershipFile.load(self._config.data_dir) is not None
 
     @property
     def _management(self) -> str:
@@ -115,6 +123,8 @@ class Vpxa:
             return await self._info()
         if call.method == "host.join":
             return self._join(call)
+        if call.method == "host.leave":
+            return await self._leave(call)
         if call.method in _FORWARDED:
             if self._vmap is None:
                 raise NotJoinedError(f"{self._host} belongs to no cluster yet")
@@ -149,12 +159,42 @@ class Vpxa:
                 field="cluster",
             )
         token_path = self._config.data_dir / JOIN_TOKEN
-        write_key(self._config.key_path, unseal(read_token(token_path.read_text()), sealed))
+        key = unseal(make_token(token_path), sealed)
+        # A join that was interrupted is repeated: its key is there already.
+        if not self._config.key_path.exists() or load_key(self._config.key_path) != key:
+            write_key(self._config.key_path, key)
+        self._put_aside()
         addresses: Addresses = {
             NodeId(str(node)): {LinkName(str(link)): str(address) for link, address in links.items()}
             for node, links in cast(Mapping[str, Mapping[str, str]], primaries).items()
         }
-        MembershipFile(self._config.cluster, {}, addresses).save(self._config.data_dir)
+        MembershipFile(self._config.cluster, {}, addresses, fresh_id().hex()).save(self._config.data_dir)
         token_path.unlink()
         self._joined.set()
+        return {"host": self._host}
+
+    def _put_aside(self) -> None:
+        """What an earlier membership left: its replica was retired when the host was removed, and its peers are not ours."""
+        store = store_path(self._config)
+        for path in (store, *(Path(f"{store}{end}") for end in ("-wal", "-shm")), self._config.data_dir / FT_HOSTS):
+            if path.exists():
+                path.replace(f"{path}.left")
+                logger.warning("%s is from an earlier membership: kept as %s.left", path, path.name)
+
+    async def _leave(self, call: Call) -> dict[str, object]:
+        """Forget the cluster: its file and its key; aam and VMAP follow the file, and a new join token is made.
+
+        ``removed``: the center says that the host is removed; else our own replica must not show it as registered.
+        """
+        if not self._is_member():
+            raise NotJoinedError(f"{self._host} belongs to no cluster")
+        if call.params.get("removed") is not True and self._host in self._vms.agent.inventory.hosts:
+            raise OperationFailedError(f"{self._host} is still registered: 'ha-core host remove {self._host}' does it all")
+        alive = sorted(run.name for run in await self._process.list() if run.state not in ("stopped", "failed"))
+        if alive:
+            raise OperationFailedError(f"{self._host}: {', '.join(alive)} still runs here: stop it, or wait for its deadline")
+        (self._run_dir / PRIMARIES).unlink(missing_ok=True)  # the guard asks nobody any more
+        MembershipFile.remove(self._config.data_dir)
+        self._config.key_path.unlink(missing_ok=True)
+        logger.warning("left the cluster; %s has the token to join again", self._config.data_dir / JOIN_TOKEN)
         return {"host": self._host}

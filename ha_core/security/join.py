@@ -21,15 +21,20 @@ _TAG_BYTES = 16
 
 
 def make_token(path: Path) -> bytes:
-    """The token in ``path`` (hexadecimal, mode 0600), made now if it is not there yet."""
+    """The token in ``path`` (hexadecimal, mode 0600), made now if there is none yet, or half of one."""
     try:
         return read_token(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ConfigError):
         pass
     token = secrets.token_bytes(KEY_BYTES)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(token.hex() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
     return token
 
 
