@@ -288,6 +288,9 @@ class Story:
         await self.world.board.mend_host(host.name)
         await self.world.board.mend_host(f"{host.name}-app")
         await self.until(f"{host.name} has a lease again", lambda: self._holds_lease(host), 15)
+        # Its aam was replaced: until it is back, losing another host would be losing the quorum.
+        await self.until(f"{host.name}: all agents run", lambda: self.is_whole(host), 15)
+        await self.until("all databases are equal", self._databases_are_equal, 15)
 
     async def _holds_lease(self, host: DemoHost) -> bool:
         try:

@@ -121,9 +121,8 @@ class World:
         (host.run_dir / "boot_id").write_text(str(uuid.uuid4()))
         await self.board.mend_host(host.name)
         await self.board.mend_host(f"{host.name}-app")
-        host.process = await self.start(
-            host, "agent", sys.executable, "-m", "ha_core", "agent", "--config", str(self.config(host))
-        )
+        argv = [sys.executable, "-m", "ha_core", "agent", "--config", str(self.config(host))]
+        host.process = await self.start(host, "agent", *argv, env={"HA_CORE_BOOT_ID_FILE": str(host.run_dir / "boot_id")})
 
     def config(self, host: DemoHost) -> Path:
         return self.folder / f"{host.name}.toml"
@@ -221,6 +220,4 @@ def _write_config(
     )  # fmt: skip
     (folder / f"{host.name}.toml").write_text(text)
     # A hosts file with the mistakes that people make: HA shall mend exactly these and leave the rest alone.
-    (host.folder / "hosts").write_text(
-        "127.0.0.1 localhost\n# by hand\n10.9.9.9 h2.demo\n\n192.0.2.7 printer.example printer\n"
-    )
+    (host.folder / "hosts").write_text(HOSTS_FILE)
