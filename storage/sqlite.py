@@ -231,7 +231,7 @@ class SqliteRecordStore:
             error = storage_error(exc, self._path) if isinstance(exc, sqlite3.Error) else exc
             if not (isinstance(error, StorageFullError) and undone):
                 self._poison = str(exc)
-            raise error from exc
+            raise error from exc  # noqa: ASYNC104 - on the store's thread: nothing is cancelled there
 
     def _undo(self) -> bool:
         try:

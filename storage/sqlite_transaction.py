@@ -197,15 +197,15 @@ class Transaction:
                 raise LocalProtocolError(f"{name_of(function)} is async: a transaction takes plain functions")
         except GroupEndedError:
             raise
-        except BaseException as exc:  # whatever it is goes to the caller
+        except BaseException as exc:  # noqa: ASYNC103 - whatever it is goes to the caller; no trio on this thread
             self._open = False
             if not self._database.in_transaction:
-                raise GroupEndedError(exc) from exc
+                raise GroupEndedError(exc) from exc  # noqa: ASYNC104
             for record, count in self._touched:
                 self._outbox.truncate(record, count)
             own(self._rollback_to)
             own(self._release)
-            return exc
+            return exc  # noqa: ASYNC104
         finally:
             self._open = False
             self._deadline_ns = 0

@@ -54,7 +54,7 @@ def fork_shim(mapping: RunMapping, lock: int, command: Command, *, namespaces: b
     code = 70
     try:
         _Shim(mapping, command, namespaces).run(lock)
-    except BaseException as exc:
+    except BaseException as exc:  # noqa: ASYNC103 - a forked child: nobody is above to tell
         mapping.set(Field.STATE, max(mapping.get(Field.STATE), RunPhase.SETUP_FAILED))
         sys.stderr.write(f"{mapping.vm}: the shim failed: {exc!r}\n")
         sys.stderr.flush()

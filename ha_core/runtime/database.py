@@ -115,7 +115,7 @@ class Lease:
     @asynccontextmanager
     async def _guarding(self) -> AsyncIterator[None]:
         """Cancel the body when the lease is lost, and raise LeaseLostError for it."""
-        with trio.CancelScope() as scope:
+        with trio.CancelScope() as scope:  # noqa: ASYNC100 - the body that is yielded to has them
             self._scopes.append(scope)
             try:
                 if self.lost.is_set():

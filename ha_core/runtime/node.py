@@ -109,7 +109,7 @@ class OpenNode(AbstractAsyncContextManager[Node]):
         try:
             self._node = await self._open()
         except BaseException:
-            await self._close()
+            await self._close()  # noqa: ASYNC102 - shields itself, for a bounded time
             raise
         self._scope.__enter__()
         return self._node
@@ -118,7 +118,7 @@ class OpenNode(AbstractAsyncContextManager[Node]):
         try:
             swallowed = self._scope.__exit__(kind, exc, trace)
         finally:
-            await self._close()
+            await self._close()  # noqa: ASYNC102 - as above
         failure = None if self._node is None else self._node.failure
         if failure is not None and (exc is None or swallowed):
             raise failure

@@ -122,7 +122,7 @@ class Side:
                     os.close(descriptor)
                 run_program(program)
                 status = 0
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: ASYNC103 - a forked child: nobody is above to tell
                 print(f"{program.config.node}: {exc!r}", file=sys.stderr, flush=True)
             os._exit(status)
         os.close(writer)
