@@ -445,7 +445,7 @@ def test_full_device_refuses_without_loss_and_a_checkpoint_makes_room() -> None:
     log = open_log(nand)
     log.recover()
     written = 0
-    with pytest.raises(StorageFullError, match=r"blocks are free.*write a checkpoint"):  # noqa: PT012
+    with pytest.raises(StorageFullError, match=r"blocks are free.*write a checkpoint"):
         while True:
             log.append([b"r" * 500])
             written += 1
