@@ -125,11 +125,11 @@ class Center:
         """What a host says of itself, and whether it holds our key already: the answer to an earlier request may be lost."""
         try:
             return cast(Answer, await call_host(address, token, "host.info")), False
-        except RemoteProtocolError as exc:
-            try:
-                return cast(Answer, await call_host(address, self._key, "host.info")), True
-            except HAError:
-                pass
+        except RemoteProtocolError:
+            pass
+        try:
+            return cast(Answer, await call_host(address, self._key, "host.info")), True
+        except HAError as exc:
             raise OperationFailedError(f"{address}: that is not its join token; its data_dir has it in join.token") from exc
 
     async def _check_that_it_is_the_same(self, name: HostName, address: str) -> None:

@@ -180,7 +180,7 @@ def maintenance(center: str, key: Path, as_json: bool, name: str, switch: str) -
 
 # -- virtual machines --
 
-VM_COLUMNS = ("name", "wanted", "state", "host", "priority", "after", "token", "why")
+VM_COLUMNS = ("name", "wanted", "state", "host", "priority", "after", "token", "why", "text")
 
 
 @click.group()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import click
 
 from ha_core._version import __version__
-from ha_core.errors import HAError
+from ha_core.errors import HAError, leaves
 
 # name -> (module:command, one line of help)
 _COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -51,6 +51,7 @@ def main() -> None:
     """Entry point: errors of ours are one line on stderr and exit status 2, a traceback is always a bug."""
     try:
         cli()
-    except HAError as exc:
-        print(f"ha-core: {exc}", file=sys.stderr)
+    except* HAError as group:
+        for error in leaves(group):
+            print(f"ha-core: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,6 +22,7 @@ import msgpack
 import trio
 
 from ha_core import errors
+from ha_core.config import split_address
 from ha_core.errors import DecodeError, HAError, RemoteProtocolError, TransportError
 from ha_core.runtime.entropy import fresh_id
 
@@ -334,15 +335,16 @@ async def dial_rpc(address: str | Path, *, key: bytes | None = None) -> AsyncIte
     """Connect to a Unix socket (a path) or to ``host:port`` and speak.
 
     Raises:
+        ConfigError: ``address`` is none.
         TransportError: nobody listens there.
     """
     try:
         if isinstance(address, Path):
             stream: trio.SocketStream = await trio.open_unix_socket(str(address))
         else:
-            host, _, port = address.rpartition(":")
+            host, port = split_address(address, "address")
             with trio.fail_after(HANDSHAKE_S):
-                stream = await trio.open_tcp_stream(host, int(port))
+                stream = await trio.open_tcp_stream(host, port)
     except (OSError, trio.TooSlowError) as exc:
         raise TransportError(f"{address}: nobody answers ({exc or 'no answer in time'}); is the process running?") from exc
     async with open_rpc(stream, key=key) as client:
@@ -374,9 +376,9 @@ async def serve_tcp(
     address: str, handler: Handler, *, key: bytes, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Serve requests on ``host:port`` to holders of ``key`` until cancelled; starts with the bound address."""
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address, "address")
     try:
-        listeners = await trio.open_tcp_listeners(int(port), host=host)
+        listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as exc:
         raise TransportError(f"{address}: cannot listen: {exc.strerror or exc}") from exc
     bound = listeners[0].socket.getsockname()
