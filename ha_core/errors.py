@@ -142,9 +142,14 @@ class StorageFullError(StorageError):
 
 
 class OutboxFullError(StorageError):
-    """The outbox of a channel has no room: the transaction rolled back; wait for room and call again."""
+    """The outbox of channel ``channel`` to ``to`` has no room: the transaction rolled back; wait for room and call again."""
 
     retryable = True
+
+    def __init__(self, text: str, *, to: str = "", channel: str = "") -> None:
+        super().__init__(text)
+        self.to = to
+        self.channel = channel
 
 
 class ForkedError(StorageError):

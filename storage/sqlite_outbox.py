@@ -137,7 +137,9 @@ class Outbox:
         if record.used_bytes + size > self._limit_bytes - self.total_bytes and admit:
             raise OutboxFullError(
                 f"{record.to}, channel {record.name!r}: the outbox has no room (it holds {self.total_bytes} of "
-                f"{self._limit_bytes} bytes, {record.used_bytes} of them for this channel): wait_for_room, then call again"
+                f"{self._limit_bytes} bytes, {record.used_bytes} of them for this channel): wait_for_room, then call again",
+                to=record.to,
+                channel=record.name,
             )
         if size > MAX_MESSAGE_BYTES:
             raise LocalProtocolError(f"a message of {len(body)} bytes: at most {MAX_MESSAGE_BYTES - MESSAGE_BYTES} are taken")

@@ -150,7 +150,8 @@ class Transaction:
         record = self._record(to, name)
         query = "SELECT count(*) FROM ha_requests WHERE peer=? AND name=?"
         if self._execute_own(query, (to, name)).fetchone()[0] >= MAX_OPEN_REQUESTS:
-            self._doom = OutboxFullError(f"{to}, channel {channel!r}: {MAX_OPEN_REQUESTS} requests are open: receive replies")
+            text = f"{to}, channel {channel!r}: {MAX_OPEN_REQUESTS} requests are open: receive replies"
+            self._doom = OutboxFullError(text, to=to, channel=channel)
             raise self._doom
         message = self._send(record, body)
         self._execute_own("INSERT INTO ha_requests (peer, name, number) VALUES (?,?,?)", (to, name, message.number))

@@ -104,7 +104,11 @@ class Node:
             NodeFailedError: the node stopped; whether the transaction is durable shows at the next start.
             Exception: what ``apply`` raised; nothing of it happened.
         """
-        return await self._durable().transact(apply, *args)
+        try:
+            return await self._durable().transact(apply, *args)
+        except OutboxFullError as exc:
+            self.emit(OutboxFullEvent(NodeId(exc.to), ChannelName(exc.channel)))
+            raise
 
     async def send(self, to: NodeId, channel: str, body: bytes) -> MessageId:
         """Send one durable message in a transaction of its own; on return it is accepted and will arrive exactly once."""
@@ -396,9 +400,6 @@ class Node:
         if self._deliveries is None:
             raise LocalProtocolError(f"node {self.name} has no durable channels")
         return self._deliveries
-
-    def outbox_full(self, exc: OutboxFullError, to: NodeId, channel: ChannelName) -> None:
-        self.emit(OutboxFullEvent(to, channel))
 
 
 def _send(tx: Transaction, to: NodeId, channel: str, body: bytes) -> MessageId:

@@ -26,7 +26,7 @@ from ha_core.errors import (
     StoreLockedError,
     TransportError,
 )
-from ha_core.events import DeadLetterEvent, ForkedEvent, NodeEvent, PeerRefusedEvent
+from ha_core.events import DeadLetterEvent, ForkedEvent, NodeEvent, OutboxFullEvent, PeerRefusedEvent
 from ha_core.ids import ChannelName, LinkName, MessageId, NodeId
 from ha_core.runtime.node import Events, Message, Node, Transaction, open_node
 
@@ -228,10 +228,12 @@ async def test_request_is_answered_in_the_handlers_transaction(configs: dict[Nod
 
 async def test_full_outbox_is_an_error_and_room_comes_back(tmp_path: Path) -> None:
     configs = make_configs(tmp_path, [A, B], outbox_max_bytes=1 << 20)
-    async with open_node(configs[A]) as a:
+    async with open_node(configs[A]) as a, a.open_events() as events:
         with pytest.raises(OutboxFullError):
             for _ in range(100):
                 await a.send(B, C, b"x" * 50_000)
+        full = await event_of(events, OutboxFullEvent)
+        assert (full.peer, full.channel) == (B, C)
         async with open_node(configs[B]) as b, trio.open_nursery() as nursery:
             nursery.start_soon(b.serve, C, lambda tx, batch: None)
             with trio.fail_after(5):
