@@ -4,4 +4,74 @@ from __future__ import annotations
 
 from tests.mutants.harness import Mutant
 
-MUTANTS: list[Mutant] = []
+LEASES = "machines/failover/leases.py"
+PLANNER = "machines/failover/planner.py"
+PROCEDURES = "machines/failover/procedures.py"
+
+MUTANTS: list[Mutant] = [
+    Mutant(
+        name="H1 a lease is revoked, and its VMs restarted, before it has expired",
+        file=LEASES,
+        old="if now_ns < count.expiry_ns or (",
+        new="if now_ns < count.expiry_ns - 6 * self._renewal_ns or (",
+        invariant="I43",
+        campaign="cluster",
+    ),
+    Mutant(
+        name="H6 an assignment is acted on before a quorum has it",
+        file="machines/raft/configuration.py",
+        old="[(len(voters) - 1) // 2]",
+        new="[len(voters) - 1]",
+        invariant="I47",
+        campaign="cluster",
+    ),
+    Mutant(
+        name="H7 the count of failed tries is lost with the next assignment",
+        file=PROCEDURES,
+        old="home=home, attempts=run.attempts,",
+        new="home=home, attempts=0,",
+        invariant="I49",
+        campaign="cluster",
+    ),
+    Mutant(
+        name="H11 a VM is started before what it depends on is up",
+        file=PLANNER,
+        old="            if missing:\n",
+        new="            if missing and not self.waiting:\n",
+        invariant="I48",
+        campaign="cluster",
+    ),
+    Mutant(
+        name="H21 a late report of an earlier run counts for the present one",
+        file=PROCEDURES,
+        old="return run if run is not None and run.token == token else None",
+        new="return run",
+        invariant="I42",
+        campaign="cluster",
+    ),
+    Mutant(
+        name="H23 a leader that lost its quorum answers renewals without a round",
+        file=LEASES,
+        old="    proven: bool = False\n",
+        new="    proven: bool = True\n",
+        invariant="I43",
+        campaign="cluster",
+    ),
+    Mutant(
+        name="H24 a healed host starts a VM from an assignment that has moved",
+        file="guard/rules.py",
+        old="if order.lease != self.lease_token:",
+        new="if order.lease > self.lease_token:",
+        invariant="I42",
+        campaign="cluster",
+        seed=12,
+    ),
+    Mutant(
+        name="H29 a new guard extends VMs whose assignment is under a lease that ended",
+        file="guard/rules.py",
+        old="if oldest <= run.lease_token <= token and not run.lost:",
+        new="if not run.lost:",
+        invariant="I42",
+        campaign="cluster",
+    ),
+]
