@@ -11,6 +11,7 @@ import click
 
 from ha_core.testing.campaigns import CAMPAIGNS, SeedResult, load_campaign, play_seed
 from ha_core.testing.campaigns.runner import CampaignResult, parse_seeds, replay_command, run_campaign
+from ha_core.testing.scenario import load_scenario
 from ha_core.testing.simulator import Simulation, TraceField
 
 
@@ -123,4 +124,7 @@ def _show(field: TraceField) -> str:
 
 
 def _play_scenario(path: Path, seed: int, as_json: bool) -> None:
-    raise click.UsageError(f"{path}: scenario files cannot be played yet; play --campaign cluster")
+    scenario = load_scenario(path)
+    raise click.UsageError(
+        f"{path}: {scenario.title or 'the scenario'} is well formed, but scenarios cannot be played yet: use --campaign cluster"
+    )
