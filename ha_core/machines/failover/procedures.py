@@ -317,7 +317,9 @@ def released(tx: KvTransaction, index: LogIndex, command: c.Released) -> Outcome
     elif run.recalled or not run.held:
         ended.put(tx)
     else:
-        ended = _count_failure(settings_of(tx), vm, ended, was_up=run.state is RunState.RUNNING and not command.failed)
+        # A run that was being ended (by its lease's deadline, say) had been up: that is no failed try.
+        was_up = run.state in (RunState.RUNNING, RunState.STOPPING) and not command.failed
+        ended = _count_failure(settings_of(tx), vm, ended, was_up)
         ended.put(tx)
     kind = "failed" if ended.failed else "released"
     _decide(tx, index, kind, host=run.host, vm=run.vm, token=run.token, why=command.text)

@@ -284,6 +284,17 @@ def test_a_vm_that_was_up_and_ends_restarts_at_once_the_first_time_only() -> Non
     assert (log.runs("vm").crashed, log.runs("vm").attempts) == (False, 0)
 
 
+def test_a_run_that_was_seen_stopping_before_it_ended_is_no_failed_start() -> None:
+    """Its guard ended it at the lease's deadline: the first time it restarts at once, also on the same host."""
+    log = Log(hosts=1)
+    log.start("vm", "h1")
+    log.report("vm", RunState.STOPPING)
+
+    log.release("vm")
+
+    assert (log.runs("vm").attempts, log.runs("vm").avoid) == (0, ())
+
+
 def test_a_recalled_run_that_ends_counts_as_no_failure() -> None:
     log = Log(hosts=1)
     log.start("vm", "h1")
