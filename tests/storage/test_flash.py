@@ -194,6 +194,7 @@ def recovered(nand: SimulatedNand) -> Recovered | None:
 
 
 def test_store_goes_on_after_a_cut_anywhere_for_several_lives() -> None:
+    """I52, I55."""
     draw = random.Random(3)
     nand = SimulatedNand(SMALL, seed=3)
     life = Recovered(None, ())
@@ -266,6 +267,7 @@ def test_every_flipped_bit_is_detected_or_harmless(steps: int) -> None:
 
 
 def test_torn_tail_is_dropped_but_damage_before_it_is_corruption() -> None:
+    """I53."""
     nand = image(2)
     (block,) = [number for number, state in enumerate(nand.blocks) if b"record 0" in state.data]
     at = nand.blocks[block].data.index(b"record 0")
@@ -396,6 +398,7 @@ def test_write_amplification_is_near_the_padding_floor(unit: int, block: int, gr
 
 
 def test_bad_blocks_are_skipped_and_nothing_is_lost() -> None:
+    """I54."""
     draw = random.Random(5)
     nand = SimulatedNand(PAGED)
     log = open_log(nand)
@@ -420,6 +423,7 @@ def test_bad_blocks_are_skipped_and_nothing_is_lost() -> None:
 
 
 def test_checkpoint_that_does_not_read_back_is_written_elsewhere() -> None:
+    """I52: what was before it may go only then."""
     nand = SimulatedNand(PAGED)
     log = open_log(nand)
     log.recover()
@@ -441,6 +445,7 @@ def test_checkpoint_that_does_not_read_back_is_written_elsewhere() -> None:
 
 
 def test_full_device_refuses_without_loss_and_a_checkpoint_makes_room() -> None:
+    """I54."""
     nand = SimulatedNand(PAGED)
     log = open_log(nand)
     log.recover()

@@ -82,6 +82,7 @@ def test_every_flipped_bit_is_seen_and_told_from_a_torn_program() -> None:
 
 @pytest.mark.parametrize("other", [Place(b"t" * 16, 7, 96), Place(b"s" * 16, 8, 96), Place(b"s" * 16, 7, 112)])
 def test_fragment_of_another_store_segment_or_place_is_none(other: Place) -> None:
+    """I53."""
     data = encode_fragment(PLACE, Kind.RECORDS, FIRST | LAST, b"payload", 16)
     assert decode_fragment(other, data, 16) is None
     assert not is_rotten(other, data, 16)
