@@ -6,7 +6,7 @@ from tests.mutants.harness import Mutant
 
 LEASES = "machines/failover/leases.py"
 PLANNER = "machines/failover/planner.py"
-PROCEDURES = "machines/failover/procedures.py"
+RUNS = "machines/failover/run_procedures.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -27,7 +27,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         name="H7 the count of failed tries is lost with the next assignment",
-        file=PROCEDURES,
+        file=RUNS,
         old="home=home, attempts=run.attempts,",
         new="home=home, attempts=0,",
         invariant="I49",
@@ -43,7 +43,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         name="H21 a late report of an earlier run counts for the present one",
-        file=PROCEDURES,
+        file=RUNS,
         old="return run if run is not None and run.token == token else None",
         new="return run",
         invariant="I42",
