@@ -183,9 +183,8 @@ class Transaction:
         own = self._own.execute
         own(self._savepoint)
         self._serial += 1
-        self._touched.clear()
-        self._doom = None
-        self.timed_out = False
+        if self._touched:
+            self._touched.clear()
         self._function = function
         self._deadline_ns = time.monotonic_ns() + self._max_ns
         self._open = True
@@ -196,20 +195,22 @@ class Transaction:
             if type(value) is CoroutineType:
                 value.close()
                 raise LocalProtocolError(f"{name_of(function)} is async: a transaction takes plain functions")
-        except GroupEndedError:
-            raise
-        except BaseException as exc:  # noqa: ASYNC103 - whatever it is goes to the caller; no trio on this thread
+        except BaseException as exc:  # whatever it is goes to the caller
             self._open = False
+            self._deadline_ns = 0
+            self._doom = None
+            if isinstance(exc, GroupEndedError):
+                raise
             if not self._database.in_transaction:
-                raise GroupEndedError(exc) from exc  # noqa: ASYNC104
+                raise GroupEndedError(exc) from exc
+            self.timed_out = False
             for record, count in self._touched:
                 self._outbox.truncate(record, count)
             own(self._rollback_to)
             own(self._release)
-            return exc  # noqa: ASYNC104
-        finally:
-            self._open = False
-            self._deadline_ns = 0
+            return exc
+        self._open = False
+        self._deadline_ns = 0
         if not self._database.in_transaction:
             raise GroupEndedError
         own(self._release)
