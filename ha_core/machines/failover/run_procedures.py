@@ -104,12 +104,11 @@ def released(tx: KvTransaction, index: LogIndex, command: c.Released) -> Outcome
     )  # fmt: skip
     if vm is None:
         ended.delete(tx)
-    elif run.recalled or not run.held:
+    elif run.recalled or not run.held or run.state is RunState.STOPPING:
+        # Whoever stops a run that is not recalled is the guard, because of the lease: that is no fault of the VM's.
         ended.put(tx)
     else:
-        # A run that was being ended (by its lease's deadline, say) had been up: that is no failed try.
-        was_up = run.state in (RunState.RUNNING, RunState.STOPPING) and not command.failed
-        ended = _count_failure(settings_of(tx), vm, ended, was_up)
+        ended = _count_failure(settings_of(tx), vm, ended, was_up=run.state is RunState.RUNNING and not command.failed)
         ended.put(tx)
     kind = "failed" if ended.failed else "released"
     decide(tx, index, kind, host=run.host, vm=run.vm, token=run.token, why=command.text)

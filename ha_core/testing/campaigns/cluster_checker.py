@@ -222,6 +222,8 @@ class ClusterChecker:
         run = before.get(command.vm)
         if run is None or run.token != command.token or not run.held or run.recalled or command.vm not in self.truth.vms:
             return
+        if run.state is RunState.STOPPING:
+            return  # ended by its guard, with the lease
         if run.state is RunState.RUNNING and not command.failed and not self._crashed.get(command.vm):
             self._crashed[command.vm] = True
             return
