@@ -257,7 +257,11 @@ class World:
                 host.agent.post(ProposalDone(effect.number, done))
 
         assert host.aam is not None
-        self.request(host.aam, effect.command, answered)
+        delay_ns = 0
+        if self.swarm.get("late-report") and self.host_rng.random() < 0.2:
+            self.sim.fault("late-report")
+            delay_ns = int(ns(self.profile.lease_s) * self.host_rng.uniform(0.1, 2.0))
+        self.sim.after(delay_ns, self.request, host.aam, effect.command, answered)
 
     # -- requests --
 
@@ -521,7 +525,7 @@ class ClusterCampaign:
     faults: Sequence[str] = (
         "loss", "delay", "reorder", "duplicate", "replay", "path-cut", "one-way-cut", "partition", "clog", "reset",
         "disk-slow", "disk-error", "disk-full", "disk-crash", "agent-crash", "agent-stop", "agents-stop-all",
-        "isolation", "stream-stall", "records-lag", "agents-crash-all", "power-loss", "vm-crash", "fail-start",
+        "isolation", "stream-stall", "records-lag", "late-report", "agents-crash-all", "power-loss", "vm-crash", "fail-start",
     )  # fmt: skip
 
     def play(self, sim: Simulation) -> None:
@@ -558,7 +562,7 @@ class ClusterCampaign:
         world.swarm, world.striking = swarm, True
         world.strike_host()
         sim.run_for(SAFETY_NS)
-        world.striking = False
+        world.swarm, world.striking = {}, False
         chaos.stop()
 
     def _liveness(self, sim: Simulation, world: World) -> None:
