@@ -270,7 +270,9 @@ class HostAgent:
         """The state that the record does not show yet."""
         if report.state == "stopping":
             return RunState.STOPPING if run.state is not RunState.STOPPING else None
-        if run.state not in (RunState.ASSIGNED, RunState.STARTING):
+        # Seen stopping with its lease, and then held again by a new guard under a lease that goes on: it runs as before.
+        resumed = run.state is RunState.STOPPING and not run.recalled and report.event > run.event
+        if run.state not in (RunState.ASSIGNED, RunState.STARTING) and not resumed:
             return None
         token, since_ns = self._seen_running.get(run.vm, (FencingToken(0), 0))
         if token == run.token:

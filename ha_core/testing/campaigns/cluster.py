@@ -453,19 +453,7 @@ class World:
                 host.power_off()
                 self.sim.after(duration_ns, host.start)
             case "isolation":
-                self.sim.fault(kind)
-                group = {str(host.name), rng.choice(list(self.hosts))} if rng.random() < 0.3 else {str(host.name)}
-                delay_ns = 0
-                if rng.random() < 0.5 and self.swarm.get("stream-stall"):
-                    delay_ns = int(duration_ns * rng.uniform(0.1, 1.0))
-                    self._stall(f"aam@{host.name}", delay_ns + int(duration_ns * rng.uniform(1.0, 2.0)))
-                elif rng.random() < 0.7 and self.swarm.get("records-lag"):
-                    delay_ns = int(duration_ns * rng.uniform(0.05, 0.5))
-                    self._lag(host, delay_ns + int(duration_ns * rng.uniform(0.9, 1.5)))
-                    self.order(c.MoveVm(rng.choice(sorted(self.checker.truth.vms)), host.name))
-                self.sim.after(delay_ns, self._cut, sorted(group), duration_ns)
-                if rng.random() < 0.3:
-                    host.host.freeze(int(duration_ns * rng.uniform(0.1, 1.2)))
+                self._isolate(host, duration_ns, rng)
             case "agents-stop-all":
                 self.sim.fault(kind)
                 host.host.freeze(duration_ns)
@@ -476,6 +464,38 @@ class World:
                 self.sim.after(duration_ns, host.start)
             case _:
                 pass
+
+    def _isolate(self, host: ClusterHost, duration_ns: int, rng: random.Random) -> None:
+        """Cut a host off, alone or with another, in one of several company: see each branch."""
+        self.sim.fault("isolation")
+        lease_ns = ns(self.profile.lease_s)
+        group = {str(host.name), rng.choice(list(self.hosts))} if rng.random() < 0.3 else {str(host.name)}
+        delay_ns = 0
+        match rng.randrange(5):
+            case 0 if self.swarm.get("stream-stall"):
+                # Its replica is behind before, and for a while after.
+                delay_ns = int(duration_ns * rng.uniform(0.1, 1.0))
+                self._stall(f"aam@{host.name}", delay_ns + int(duration_ns * rng.uniform(1.0, 2.0)))
+            case 1 if self.swarm.get("records-lag"):
+                # It gets a VM that its agent does not hear of in time, loses its lease, and hears of it under the next.
+                duration_ns = int(lease_ns * rng.uniform(1.2, 2.0))
+                delay_ns = int(lease_ns * rng.uniform(0.1, 0.5))
+                self._lag(host, delay_ns + duration_ns + int(lease_ns * rng.uniform(0.1, 0.6)))
+                self.order(c.MoveVm(rng.choice(sorted(self.checker.truth.vms)), host.name))
+                group = {str(host.name)}
+            case 2 if self.swarm.get("agent-crash"):
+                # Its lease is gone, VMs still shut down, and a new guard comes that knows nothing of it.
+                duration_ns = int(lease_ns * rng.uniform(1.0, 1.5))
+                self.sim.after(duration_ns, self._new_guard, host)
+            case 3:
+                host.host.freeze(int(duration_ns * rng.uniform(0.1, 1.2)))
+            case _:
+                pass
+        self.sim.after(delay_ns, self._cut, sorted(group), duration_ns)
+
+    def _new_guard(self, host: ClusterHost) -> None:
+        host.guard.crash(kind="agent-crash")
+        self.sim.after(20 * MILLISECOND, self._restart, host.guard)
 
     def _cut(self, group: Sequence[str], duration_ns: int) -> None:
         self.sim.after(duration_ns, self.network.partition(group).heal)

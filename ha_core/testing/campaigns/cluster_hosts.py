@@ -94,7 +94,10 @@ class Shim:
     exit_code: int | None = None
     executes: bool = False
     ending: bool = False
+    asked: bool = False
+    """Told to shut down, because the host's deadline was reached."""
     timer: Timer | None = None
+    shutdown_timer: Timer | None = None
 
 
 class Hypervisor:
@@ -203,6 +206,12 @@ class Hypervisor:
         if shim.timer is not None:
             shim.timer.cancel()
         shim.timer = None
+        if shim.shutdown_timer is not None:
+            shim.shutdown_timer.cancel()
+        shim.shutdown_timer = None
+        if deadline_ns < rules.NEVER and shim.shutdown_ns:
+            asked_ns = self.host.clock.virtual(deadline_ns - shim.shutdown_ns)
+            shim.shutdown_timer = self.sim.at(asked_ns, self._shut_down, self._life, shim)
         if deadline_ns < rules.NEVER:
             shim.timer = self.sim.at(self.host.clock.virtual(deadline_ns), self._deadline, self._life, shim)
 
@@ -210,6 +219,12 @@ class Hypervisor:
         if life == self._life and not shim.ending:
             self._checker.deadline_passed(shim.vm, self.name, shim.token, self.lease_covers(shim))
             self._end_after(shim, 0, "deadline")
+
+    def _shut_down(self, life: int, shim: Shim) -> None:
+        """The host's deadline: the shim asks the VM to end, and kills it at its own deadline, ``shutdown_ns`` later."""
+        if life == self._life and not shim.ending and not shim.asked:
+            shim.asked = True
+            self._end_after(shim, 1 + int(shim.shutdown_ns * self._rng.random()), "shut down at the deadline")
 
     def _end_after(self, shim: Shim, delay_ns: int, why: str) -> None:
         if delay_ns == 0:

@@ -198,6 +198,20 @@ def test_a_view_that_lags_behind_the_guard_does_nothing() -> None:
     assert host.guard(host.report("running", 5, token=host.log.index + 50)) == []
 
 
+def test_a_run_that_a_new_guard_holds_again_is_reported_running() -> None:
+    host = Host()
+    host.log.start("vm", "h1")
+    host.log.report("vm", RunState.STOPPING)
+    host.see()
+    event = host.log.runs("vm").event + 1
+
+    assert commands(host.guard(host.report("running", event - 1))) == []
+    host.guard(host.report("running", event), complete=False)
+    (resumed,) = commands(host.wait(SECOND))
+    assert isinstance(resumed, c.ReportVm)
+    assert resumed.state is RunState.RUNNING
+
+
 def test_a_lost_guard_is_asked_nothing_until_its_list_comes() -> None:
     host = Host()
     host.log.add_vm("vm")
