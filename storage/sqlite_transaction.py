@@ -195,20 +195,20 @@ class Transaction:
             if type(value) is CoroutineType:
                 value.close()
                 raise LocalProtocolError(f"{name_of(function)} is async: a transaction takes plain functions")
-        except BaseException as exc:  # whatever it is goes to the caller
+        except BaseException as exc:  # noqa: ASYNC103 - whatever it is goes to the caller; no trio on this thread
             self._open = False
             self._deadline_ns = 0
             self._doom = None
             if isinstance(exc, GroupEndedError):
                 raise
             if not self._database.in_transaction:
-                raise GroupEndedError(exc) from exc
+                raise GroupEndedError(exc) from exc  # noqa: ASYNC104
             self.timed_out = False
             for record, count in self._touched:
                 self._outbox.truncate(record, count)
             own(self._rollback_to)
             own(self._release)
-            return exc
+            return exc  # noqa: ASYNC104
         self._open = False
         self._deadline_ns = 0
         if not self._database.in_transaction:
