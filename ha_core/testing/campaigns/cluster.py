@@ -471,7 +471,7 @@ class World:
         lease_ns = ns(self.profile.lease_s)
         group = {str(host.name), rng.choice(list(self.hosts))} if rng.random() < 0.3 else {str(host.name)}
         delay_ns = 0
-        match rng.randrange(5):
+        match rng.choice([0, 1, 1, 2, 3, 4]):
             case 0 if self.swarm.get("stream-stall"):
                 # Its replica is behind before, and for a while after.
                 delay_ns = int(duration_ns * rng.uniform(0.1, 1.0))
