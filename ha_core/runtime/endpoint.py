@@ -24,8 +24,6 @@ from ha_core.machines.contract import Effect, Event
 logger = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 256 << 10
-REPORT_BYTES = 16 << 10
-"""What has left is reported with the next thing that arrives, or once it is this much: far below what the machine lets wait."""
 CLOSE_S = 1.0
 """A connection that is to end has so long to send its last words."""
 ACCEPT_PAUSE_S = 0.1
@@ -44,8 +42,6 @@ class _Wire:
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     chunks: list[bytes] = attrs.field(factory=list)
     wake: trio.Event = attrs.field(factory=trio.Event)
-    unreported: int = 0
-    """Bytes that have left and that the machine has not been told of."""
     send_nowait: Callable[[bytes], int] | None = None
     """Sends what the kernel takes at once; None if the transport has no such thing."""
     idle: bool = False
@@ -180,20 +176,10 @@ class EndpointShell:
         if wire.send_nowait is not None and wire.idle and not wire.chunks:
             sent = wire.send_nowait(data)
             if sent:
-                self._flushed(wire, sent)
+                self._step(messages.Flushed(wire.number, sent))
         if sent < len(data):
             wire.chunks.append(data[sent:])
             wire.wake.set()
-
-    def _flushed(self, wire: _Wire, byte_count: int) -> None:
-        """Tell the machine, but not each time: a feeding of its own for every send is the dearest part of a small message."""
-        wire.unreported += byte_count
-        if wire.unreported >= REPORT_BYTES:
-            self._step(*self._report(wire))
-
-    def _report(self, wire: _Wire) -> tuple[Event, ...]:
-        count, wire.unreported = wire.unreported, 0
-        return (messages.Flushed(wire.number, count),) if count else ()
 
     def send_raw(self, link: LinkName, remote: str, data: bytes) -> None:
         """Send a datagram that is not the endpoint's (an answer to a guard)."""
@@ -268,7 +254,7 @@ class EndpointShell:
             if not data:
                 return "closed by the peer"
             if not wire.closing:
-                self._step(*self._report(wire), messages.Received(wire.number, bytes(data)))
+                self._step(messages.Received(wire.number, bytes(data)))
 
     async def _write(self, wire: _Wire, stream: trio.abc.Stream) -> str:
         while True:
@@ -280,7 +266,7 @@ class EndpointShell:
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                     return f"the connection broke: {exc.__cause__ or exc}"
                 if not wire.closing:
-                    self._flushed(wire, len(data))
+                    self._step(messages.Flushed(wire.number, len(data)))
             if wire.closing:
                 return ""
             wire.wake = trio.Event()
