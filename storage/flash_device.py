@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from pathlib import Path
 from typing import Protocol
 
 import attrs
 
 from ha_core.errors import ConfigError, StorageError, StoreLockedError
+from ha_core.storage.files import flush_folder
 
 
 @attrs.frozen
@@ -104,7 +106,7 @@ class FileDevice:
                 if found == 0:
                     os.posix_fallocate(self._file, 0, size)
                     os.fsync(self._file)
-                    self._sync_folder()
+                    flush_folder(Path(self._path).absolute().parent)
                     found = size
         except OSError as exc:
             raise StorageError(f"flash store {self._path}: cannot allocate {size} bytes: {exc.strerror}") from exc
@@ -113,13 +115,6 @@ class FileDevice:
                 f"flash store {self._path}: it has {found} bytes, but its geometry needs {size}; "
                 "correct size_bytes, erase_bytes or the device"
             )
-
-    def _sync_folder(self) -> None:
-        folder = os.open(os.path.dirname(os.path.abspath(self._path)), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def read(self, block: int, offset: int, size: int) -> bytes:
         data = os.pread(self._file, size, block * self.geometry.erase_bytes + offset)

@@ -6,7 +6,6 @@ Kept beside the record store and tied to its incarnation: a new store begins a n
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import attrs
 from ha_core.errors import StorageError
 from ha_core.ids import Boot
 from ha_core.machines.handshake import extend_boots_digest
+from ha_core.storage.files import replace_file
 
 FILE_NAME = "boots.json"
 
@@ -47,22 +47,9 @@ def next_boot(data_dir: Path, incarnation: bytes) -> BootLine:
         before = Boot(known["counter"], known["nonce"])
         digest = extend_boots_digest(bytes.fromhex(known["digest"]), before)
     boot = Boot(before.counter + 1 if before else 1, secrets.randbits(63))
-    _write(path, {"incarnation": incarnation.hex(), "counter": boot.counter, "nonce": boot.nonce, "digest": digest.hex()})
-    return BootLine(boot, digest)
-
-
-def _write(path: Path, data: dict[str, object]) -> None:
-    new = path.with_suffix(".new")
+    line = {"incarnation": incarnation.hex(), "counter": boot.counter, "nonce": boot.nonce, "digest": digest.hex()}
     try:
-        with new.open("w") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(path, json.dumps(line).encode())
     except OSError as exc:
         raise StorageError(f"{path}: cannot write: {exc.strerror}") from exc
+    return BootLine(boot, digest)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import attrs
 
 from ha_core.errors import ConfigError, StorageError
 from ha_core.ids import LinkName, NodeId
+from ha_core.storage.files import flush_folder, replace_file
 
 FILE_NAME = "cluster.json"
 LOCK_NAME = "cluster.lock"
@@ -75,17 +75,10 @@ class MembershipFile:
         """The host has left; durable when this returns."""
         with _locked(data_dir):
             (data_dir / FILE_NAME).unlink(missing_ok=True)
-            _flush_folder(data_dir)
+            flush_folder(data_dir)
 
     def _write(self, data_dir: Path) -> None:
-        path = data_dir / FILE_NAME
-        new = path.with_suffix(".new")
-        with new.open("w") as file:
-            json.dump(attrs.asdict(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-        _flush_folder(data_dir)
+        replace_file(data_dir / FILE_NAME, json.dumps(attrs.asdict(self)).encode())
 
 
 def is_member(data_dir: Path, since: MembershipFile) -> bool:
@@ -102,14 +95,6 @@ def _locked(data_dir: Path) -> Iterator[None]:
             yield
     except OSError as exc:
         raise StorageError(f"{data_dir / FILE_NAME}: cannot write: {exc.strerror}") from exc
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _addresses(data: Mapping[str, Mapping[str, str]]) -> Addresses:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ha_core.errors import StorageError
 from ha_core.machines.names import Correction, Entry, correct_hosts, format_ft_hosts
+from ha_core.storage.files import flush_folder, replace_file, write_file
 
 _CANNOT_REPLACE = (errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES)
 
@@ -29,10 +30,7 @@ def write_ft_hosts(path: Path, entries: Sequence[Entry]) -> bool:
     try:
         if path.exists() and path.read_bytes() == new:
             return False
-        temporary = _beside(path, "tmp")
-        _write(temporary, new)
-        os.replace(temporary, path)
-        _sync_folder(path)
+        replace_file(path, new)
     except OSError as exc:
         raise StorageError(f"{path}: cannot be written: {exc.strerror}") from exc
     return True
@@ -70,41 +68,20 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write(path: Path, data: bytes, like: Path | None = None) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        if like is not None:
-            status = like.stat()
-            os.fchmod(descriptor, status.st_mode & 0o7777)
-            with contextlib.suppress(PermissionError):
-                os.fchown(descriptor, status.st_uid, status.st_gid)
-        file.flush()
-        os.fsync(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _replace(path: Path, new: bytes) -> None:
-    _write(_beside(path, "backup"), path.read_bytes(), like=path)
+    write_file(_beside(path, "backup"), path.read_bytes(), like=path)
     temporary = _beside(path, "tmp")
-    _write(temporary, new, like=path)
+    write_file(temporary, new, like=path)
     try:
         os.replace(temporary, path)
     except OSError as exc:
         if exc.errno not in _CANNOT_REPLACE:
             raise
         os.replace(temporary, _beside(path, "new"))
-        _sync_folder(path)
+        flush_folder(path.parent)
         _overwrite(path, new)
         _beside(path, "new").unlink()
-    _sync_folder(path)
+    flush_folder(path.parent)
 
 
 def _overwrite(path: Path, new: bytes) -> None:

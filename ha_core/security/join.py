@@ -8,12 +8,12 @@ changes it. TLS takes this over later; the token stays.
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 from hashlib import blake2b
 from pathlib import Path
 
 from ha_core.errors import ConfigError, RemoteProtocolError
+from ha_core.storage.files import replace_file
 
 KEY_BYTES = 32
 _NONCE_BYTES = 16
@@ -27,14 +27,7 @@ def make_token(path: Path) -> bytes:
     except (FileNotFoundError, ConfigError):
         pass
     token = secrets.token_bytes(KEY_BYTES)
-    new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(token.hex() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    replace_file(path, f"{token.hex()}\n".encode(), mode=0o600)
     return token
 
 

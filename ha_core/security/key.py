@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from ha_core.errors import ConfigError
+from ha_core.storage.files import create_file
 
 KEY_BYTES = 32
 
@@ -24,26 +25,17 @@ def create_key(path: Path) -> bytes:
 
 
 def write_key(path: Path, key: bytes) -> None:
-    """Keep a key that came from elsewhere.
+    """Keep a key that came from elsewhere: all of it or nothing, so that a crash leaves no half of a key in the way.
 
     Raises:
         ConfigError: as ``create_key``.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        create_file(path, key, mode=0o600)
     except FileExistsError as exc:
         raise ConfigError(f"{path}: there is a cluster key already, it is not overwritten", field="key_file") from exc
     except OSError as exc:
         raise ConfigError(f"{path}: cannot write the cluster key: {exc.strerror}", field="key_file") from exc
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def load_key(path: Path) -> bytes:

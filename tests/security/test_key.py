@@ -8,6 +8,7 @@ import pytest
 
 from ha_core.errors import ConfigError
 from ha_core.security.key import create_key, load_key
+from tests.storage.test_files import full_disk
 
 
 def test_a_key_is_32_bytes_that_only_the_owner_may_read(tmp_path: Path) -> None:
@@ -28,6 +29,15 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
         create_key(path)
 
     assert load_key(path) == key
+
+
+def test_a_key_that_could_not_be_written_is_not_in_the_way(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.key"
+
+    with full_disk(), pytest.raises(ConfigError, match="cannot write the cluster key: File too large"):
+        create_key(path)
+
+    assert create_key(path) == load_key(path)
 
 
 @pytest.mark.parametrize(
