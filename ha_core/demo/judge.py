@@ -74,6 +74,7 @@ class Start:
     host: str
     token: int
     at_ns: int
+    made_ticks: int
     pid: int
     overlap: bool
 
@@ -84,5 +85,6 @@ def read_starts(shared: Path) -> list[Start]:
     for path in sorted(shared.glob("*.runs")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            rows.append(Start(path.stem, row["host"], row["token"], row["at_ns"], row["pid"], row["what"] == "overlap"))
+            overlap = row["what"] == "overlap"
+            rows.append(Start(path.stem, row["host"], row["token"], row["at_ns"], row["made_ticks"], row["pid"], overlap))
     return sorted(rows, key=lambda start: start.at_ns)

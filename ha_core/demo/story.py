@@ -322,7 +322,7 @@ class Story:
         await self.until("its VMs run elsewhere", lambda: set(doomed) <= self._started_since(at_ns), 20)
         again = sorted((one for one in self.starts(since_ns=at_ns) if one.vm in doomed), key=lambda one: one.at_ns)
         self.report.host_killed_vms_restarted_ms = {one.vm: round((one.at_ns - at_ns) / 1e6, 1) for one in again}
-        self.report.priority_order_kept = _in_order([one.vm for one in again])
+        self.report.priority_order_kept = _in_order(again)
         self.report.center_restarted = "center" in self.report.host_killed_vms_restarted_ms
         for name, value in self.report.host_killed_vms_restarted_ms.items():
             self.tell(f"    {name} runs again after {value:.0f} ms")
@@ -362,12 +362,16 @@ class Story:
         self.report.hosts_file_corrected = "10.9.9.9" not in hosts_file and "192.0.2.7 printer.example printer" in hosts_file
 
 
-def _in_order(vms: Sequence[str]) -> bool:
-    """Higher priorities first, and nothing before what it depends on."""
+def _in_order(starts: Sequence[Start]) -> bool:
+    """Higher priorities first, and nothing before what it depends on; by the kernel's time of each process."""
     known = {vm.name: vm for vm in VMS}
-    ranks = [PRIORITIES.index(known[name].priority) for name in vms]
-    depends = all(vms.index(other) < vms.index(name) for name in vms for other in known[name].after if other in vms)
-    return ranks == sorted(ranks) and depends
+    ranks = {start.vm: PRIORITIES.index(known[start.vm].priority) for start in starts}
+    return all(
+        one.made_ticks <= other.made_ticks
+        for one in starts
+        for other in starts
+        if ranks[one.vm] < ranks[other.vm] or one.vm in known[other.vm].after
+    )
 
 
 def _resume(pid: int) -> None:

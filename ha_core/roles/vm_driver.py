@@ -96,8 +96,7 @@ class VmDriver:
 
     def _spec(self, order: StartVm) -> VmSpec:
         options = dict(order.vm.options)
-        identity = {"HA_CORE_VM": order.vm.name, "HA_CORE_TOKEN": str(order.token)}
-        env = {**self._environment, **_pairs(options.pop("env", ())), **identity}
+        env = {**self._environment, **_pairs(options.pop("env", ()))}
         return _spec_of(order.vm, {**options, "env": env}, order.shutdown_ns)
 
     def _refuse(self, order: StartVm, code: str, text: str) -> None:

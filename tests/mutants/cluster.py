@@ -45,6 +45,14 @@ MUTANTS: list[Mutant] = [
         seed=2,
     ),
     Mutant(
+        name="I48 a VM counts as starting while its shim is still being made, and lower priorities overtake it",
+        file="machines/failover/host_agent.py",
+        old="            return None  # its shim is being made",
+        new="            return RunState.STARTING if run.state is RunState.ASSIGNED else None  # its shim is being made",
+        invariant="I48",
+        campaign="cluster",
+    ),
+    Mutant(
         name="H21 a late report of an earlier run counts for the present one",
         file=RUNS,
         old="return run if run is not None and run.token == token else None",

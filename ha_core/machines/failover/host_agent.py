@@ -7,7 +7,8 @@ Rules:
 * Level-triggered: what is to be done follows from the records and the guard's list alone. After a restart both come anew, and
   nothing that happened meanwhile is lost or done twice (H3, H25).
 * A run is Released only on the guard's word ``stopped`` or ``failed`` for that very token: reaped, and never to be started.
-* A run is RUNNING once it has run for its VM's ``start_ns``; one that ends earlier has failed to start.
+* A run is STARTING once the VM itself executes, and RUNNING once it has done so for its VM's ``start_ns``; one that ends
+  earlier has failed to start.
 
 The parent must answer each Propose with one ProposalDone, also when it was lost.
 """
@@ -275,12 +276,13 @@ class HostAgent:
         if run.state not in (RunState.ASSIGNED, RunState.STARTING) and not resumed:
             return None
         token, since_ns = self._seen_running.get(run.vm, (FencingToken(0), 0))
-        if token == run.token:
-            vm = self.inventory.vms.get(run.vm)
-            up_ns = since_ns + (vm.start_ns if vm is not None else 0)
-            if now_ns >= up_ns:
-                return RunState.RUNNING
-            self._wake(up_ns)
+        if token != run.token:
+            return None  # its shim is being made; starts of lower priority wait for the VM itself (I48)
+        vm = self.inventory.vms.get(run.vm)
+        up_ns = since_ns + (vm.start_ns if vm is not None else 0)
+        if now_ns >= up_ns:
+            return RunState.RUNNING
+        self._wake(up_ns)
         return RunState.STARTING if run.state is RunState.ASSIGNED else None
 
     def _grace(self, run: Run) -> int:

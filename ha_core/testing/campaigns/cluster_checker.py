@@ -114,6 +114,8 @@ class ClusterChecker:
                 self._see_released(commands.Released.decode(args), before)
             case commands.ReportVm.name:
                 report = commands.ReportVm.decode(args)
+                if report.state in (RunState.STARTING, RunState.RUNNING):
+                    self._see_starting(report)
                 if report.state is RunState.RUNNING:
                     self._see_up(report)
             case commands.Settle.name:
@@ -229,6 +231,12 @@ class ClusterChecker:
             return
         assigned_ns = self.truth.assigned_ns(command.vm, self.sim.now_ns)
         self._failures.setdefault(command.vm, []).append(assigned_ns)
+
+    def _see_starting(self, report: commands.ReportVm) -> None:
+        """Starts of lower priority follow upon this report: the VM must have begun to execute by then."""
+        self.sim.checked("I48")
+        if self._began.get(report.vm, FencingToken(0)) < report.token:
+            self.sim.violate("I48", f"{report.vm} is reported {report.state.value} before it began to execute")
 
     def _see_up(self, report: commands.ReportVm) -> None:
         self._up[report.token] = self.sim.now_ns

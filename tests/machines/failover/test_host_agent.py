@@ -90,13 +90,14 @@ def test_an_assignment_under_another_lease_than_the_hosts_is_not_started() -> No
     assert host.guard() == []
 
 
-def test_starting_running_and_up_are_reported_in_turn() -> None:
+def test_starting_is_reported_once_the_vm_executes_and_running_after_its_start_time() -> None:
     host = Host()
     host.log.add_vm("vm", start_ns=SECOND)
     host.log.assign("vm", "h1")
     host.see()
     host.guard()
 
+    assert commands(host.guard(host.report("starting", 6), complete=False)) == []
     (first,) = commands(host.guard(host.report("running", 7), complete=False))
     assert isinstance(first, c.ReportVm)
     assert (first.state, first.event) == (RunState.STARTING, 7)
