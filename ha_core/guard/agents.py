@@ -90,6 +90,7 @@ class AgentKeeper:
         selector.register(self._beats, selectors.EVENT_READ, self._read)
         self._kill_at_ns = 0
         self._names = sorted(self._agents)
+        self._unreaped: list[int] = []
 
     def status(self) -> tuple[AgentStatus, ...]:
         return tuple(
@@ -113,6 +114,7 @@ class AgentKeeper:
     def tick(self, now: int) -> None:
         self._beats.send(self._names)
         self._read()
+        self._unreaped = [pid for pid in self._unreaped if not os.waitpid(pid, os.WNOHANG)[0]]
         samples = {}
         for name, agent in self._agents.items():
             found = sample(agent.process.pid) if agent.process is not None else None
@@ -161,7 +163,7 @@ class AgentKeeper:
             found, agent.child = open_process(pid), True
             agent.restarts.launched(now)
             if found is None:
-                os.waitpid(pid, 0)
+                self._reap(pid)
                 agent.launch_at_ns = agent.restarts.died(now)
                 return
         agent.process, agent.state = found, "up"
@@ -173,10 +175,7 @@ class AgentKeeper:
         process = agent.process
         if process is None or not process.dead():
             return
-        how = ""
-        if agent.child:
-            code = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
-            how = f" by signal {-code}" if code < 0 else f" with status {code}"
+        how = self._reap(process.pid) if agent.child else ""
         self._log(f"{agent.name} (pid {process.pid}) ended{how}")
         self._selector.unregister(process)
         process.close()
@@ -185,6 +184,15 @@ class AgentKeeper:
         if not self._kill_at_ns:
             agent.launch_at_ns = agent.restarts.died(now_ns())
             self.run_due(now_ns())
+
+    def _reap(self, pid: int) -> str:
+        """How a dead child ended. Whoever traces it hears of its end first, and may keep it for ever: the guard does not wait."""
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        if not reaped:
+            self._unreaped.append(pid)
+            return ", held by a debugger"
+        code = os.waitstatus_to_exitcode(status)
+        return f" by signal {-code}" if code < 0 else f" with status {code}"
 
     def _read(self) -> None:
         now = now_ns()

@@ -19,8 +19,9 @@ from ha_core.guard.control import SOCKET_NAME, StartRequest, StopRequest
 from ha_core.guard.kernel_timer import probe_pid_namespace
 from ha_core.guard.mapping import Field, RunPhase, boot_number, create_run
 from ha_core.guard.primaries import write_primaries
-from ha_core.guard.processes import Process, boot_id
+from ha_core.guard.processes import Process, boot_id, lock_holder
 from ha_core.guard.runs import living_processes
+from tests.integration import hang
 from tests.integration.guard_world import GUARD, LEASE_S, MARGIN_S, WITNESS, World, now_ns, usable_python
 
 pytestmark = pytest.mark.integration
@@ -346,6 +347,30 @@ def test_a_dead_stopped_or_hung_agent_is_replaced_in_time_and_no_vm_disturbed(fa
         assert len(world.lives("vpxa")) == 1
         assert len(world.journal("a")) == 1
         assert world.lock_held("a")
+
+
+def test_a_debugger_that_keeps_a_dead_agent_does_not_keep_the_guard(tmp_path: Path) -> None:
+    """The tracer hears of its tracee's end before its parent does; a tracer that stands still keeps the parent's wait waiting."""
+    hang.skip_unless_possible()
+    path = str(tmp_path / "hang")
+
+    with World(agents=("aam",), prefix=tuple(hang.launcher(path))) as world:
+        debugger = world.start_guard()
+        world.wait_for_lease()
+        guard = world.guard_pid()
+        (pid,) = world.wait_until(lambda: world.lives("aam"))
+        time.sleep(0.1)  # it has beaten
+        hang.ask(path, f"hang {pid}")
+        debugger.send_signal(signal.SIGSTOP)
+        try:
+            world.wait_until(lambda: lock_holder(world.run_dir, "aam") not in (0, pid))
+            confirmed = world.wait_for_lease().renewals_confirmed
+            world.wait_until(lambda: world.wait_for_lease().renewals_confirmed > confirmed + 5)
+            assert world.guard_pid() == guard
+            assert "held by a debugger" in world.log()
+        finally:
+            debugger.send_signal(signal.SIGCONT)
+        world.wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_an_agent_that_is_slow_once_is_left_alone() -> None:
