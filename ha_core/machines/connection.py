@@ -33,6 +33,9 @@ class Connection:
     ours: Hello | None = None
     theirs: Hello | None = None
     """What both ends said in the handshake, once it is done."""
+    version: int = 0
+    features: int = 0
+    """What both ends agreed to speak."""
     closed: bool = False
     decoder: wire.FrameDecoder = attrs.field(factory=wire.FrameDecoder)
     out: list[bytes] = attrs.field(factory=list)

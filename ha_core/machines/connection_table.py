@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import attrs
 
@@ -31,6 +32,8 @@ REFUSED_FAILURES = 5
 class ConnectionTable:
     """What is common to everything below: the state, when to be woken, how a connection begins and how it ends."""
 
+    connection_kind: ClassVar[type[Connection]] = Connection
+    """For the simulator's nodes of other versions."""
     identity: Hello
     """What we say about ourselves; link, address, nonce and epoch are filled in for each handshake."""
     key: bytes = attrs.field(repr=False)
@@ -187,7 +190,8 @@ class ConnectionTable:
 
     def _new(self, number: int, link: LinkName, remote: str, *, dialled: bool, now_ns: int) -> Connection:
         deadline_ns = now_ns + handshake.TIMEOUT_NS
-        connection = Connection(number, link, remote, dialled, Liveness(ns(self.profile.probe_timeout_floor_s)), deadline_ns)
+        liveness = Liveness(ns(self.profile.probe_timeout_floor_s))
+        connection = self.connection_kind(number, link, remote, dialled, liveness, deadline_ns)
         self._connections[number] = connection
         self.arm(deadline_ns)
         return connection
@@ -265,7 +269,8 @@ class ConnectionTable:
         code = exc.code if exc.code in REFUSALS else "protocol"
         name = exc.peer or connection.peer or connection.remote
         text = str(exc) if exc.peer else f"{name} at {connection.remote}: {exc}: connection closed"
-        connection.put_handshake(handshake.encode_reject(code))
+        versions = self.identity.version_min, self.identity.version_max
+        connection.put_handshake(handshake.encode_reject(code, versions))
         path = self.peers[connection.peer].paths.get(connection.link) if connection.peer in self.peers else None
         if path is not None:
             path.failures = max(path.failures, REFUSED_FAILURES)

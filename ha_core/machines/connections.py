@@ -76,6 +76,7 @@ class Connections(ConnectionTable):
         if shaking.step == "done" and shaking.peer is not None:
             connection.handshake = None
             connection.ours, connection.theirs = shaking.ours, shaking.peer
+            connection.version, connection.features = shaking.version, shaking.features
             connection.peer = shaking.peer.node
             connection.decoder.limit = wire.MAX_BODY_BYTES
             self._prove(connection, shaking.ours, shaking.peer, now_ns)

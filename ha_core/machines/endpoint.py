@@ -7,6 +7,7 @@ verdicts on paths) is ``connections.py``, a session's data ``session.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from ha_core.config import Profile
 from ha_core.errors import InvariantError
@@ -15,7 +16,7 @@ from ha_core.machines.channels import INITIAL_WINDOW_BYTES, INITIAL_WINDOW_MESSA
 from ha_core.machines.connections import Connections
 from ha_core.machines.contract import Effect, Event, Rng
 from ha_core.machines.datagrams import session_of
-from ha_core.machines.handshake import NONCE_BYTES, Hello
+from ha_core.machines.handshake import NONCE_BYTES, VERSION_MAX, VERSION_MIN, Hello
 from ha_core.machines.messages import (
     Accepted,
     Connected,
@@ -40,6 +41,9 @@ from ha_core.machines.session import Session
 class EndpointMachine:
     """Sessions and datagrams with all peers, over all paths; implements the machine contract."""
 
+    table_kind: ClassVar[type[Connections]] = Connections
+    """For the simulator's nodes of other versions."""
+
     def __init__(
         self,
         *,
@@ -53,12 +57,14 @@ class EndpointMachine:
         profile: Profile,
         rng: Rng,
         accept_unknown: bool = True,
+        versions: tuple[int, int] = (VERSION_MIN, VERSION_MAX),
     ) -> None:
         """
         Args:
             boots_digest: of all boots of the store before this one (``handshake.extend_boots_digest``).
             links: our links and the ``host:port`` under which others reach us on each.
             accept_unknown: serve nodes that prove the key though SetPeer never named them (they are joining).
+            versions: the lowest and the highest version of the protocol that this node speaks.
         """
         identity = Hello(
             cluster=cluster,
@@ -73,9 +79,11 @@ class EndpointMachine:
             window_bytes=INITIAL_WINDOW_BYTES,
             window_messages=INITIAL_WINDOW_MESSAGES,
             nonce=bytes(NONCE_BYTES),
+            version_min=versions[0],
+            version_max=versions[1],
         )
         self.node = node
-        self._lower = Connections(identity, key, dict(links), profile, rng, accept_unknown)
+        self._lower = self.table_kind(identity, key, dict(links), profile, rng, accept_unknown)
 
     # -- the contract --
 

@@ -154,8 +154,9 @@ def claimed_node(frame: Frame) -> NodeId:
 READY = wire.encode_frame(FrameType.READY, wire.encode_fields({}))
 
 
-def encode_reject(code: str) -> bytes:
-    return wire.encode_frame(FrameType.REJECT, wire.encode_fields({0: code, 1: VERSION_MIN, 2: VERSION_MAX}))
+def encode_reject(code: str, versions: tuple[int, int] = (VERSION_MIN, VERSION_MAX)) -> bytes:
+    """``versions``: the lowest and the highest that we speak."""
+    return wire.encode_frame(FrameType.REJECT, wire.encode_fields({0: code, 1: versions[0], 2: versions[1]}))
 
 
 def raise_rejected(frame: Frame, peer: str, ours: NodeId) -> NoReturn:
@@ -228,8 +229,8 @@ class Handshake:
         peer = self._judge(_decode_hello(fields))
         if peer.expected and peer.expected != self.ours.node:
             raise self._refuse("peer", f"dialled {peer.expected} and reached {self.ours.node}: check the addresses")
-        self.version = min(VERSION_MAX, peer.version_max)
-        self.features = FEATURES & peer.features
+        self.version = min(self.ours.version_max, peer.version_max)
+        self.features = self.ours.features & peer.features
         answer = _encode_hello(self.ours, self.grease)
         answer |= {20: self.version, 21: self.features, 22: peer.version_min, 23: peer.version_max}
         self._hello, self._welcome = body, wire.encode_fields(answer)
@@ -248,9 +249,10 @@ class Handshake:
             raise self._refuse("peer", f"is {peer.node}, not {self.ours.expected}: check the addresses")
         version = wire.int_field(fields, 20, limit=1 << 16)
         echo = (wire.int_field(fields, 22, limit=1 << 16), wire.int_field(fields, 23, limit=1 << 16))
-        if echo != (VERSION_MIN, VERSION_MAX) or not VERSION_MIN <= version <= VERSION_MAX:
+        ours = self.ours
+        if echo != (ours.version_min, ours.version_max) or not ours.version_min <= version <= ours.version_max:
             raise self._refuse("version", f"chose version {version} from an offer {echo} that we did not make")
-        self.version, self.features = version, wire.int_field(fields, 21) & FEATURES
+        self.version, self.features = version, wire.int_field(fields, 21) & ours.features
         self.step = "ready"
         proof = _proof(self.key, b"ha-core confirm", self._hello, self._welcome)
         return wire.encode_frame(FrameType.CONFIRM, wire.encode_fields({0: proof}))
@@ -258,10 +260,11 @@ class Handshake:
     def _judge_version(self, fields: Fields) -> None:
         """Before anything else is read: another version may have other fields."""
         low, high = wire.int_field(fields, 0, limit=1 << 16), wire.int_field(fields, 1, limit=1 << 16)
-        if max(low, VERSION_MIN) > min(high, VERSION_MAX):
+        ours = self.ours
+        if max(low, ours.version_min) > min(high, ours.version_max):
             raise UnsupportedVersionError(
-                f"peer at {self.remote} speaks protocol versions {low} to {high}, this node {VERSION_MIN} to {VERSION_MAX}: "
-                "upgrade the older one",
+                f"peer at {self.remote} speaks protocol versions {low} to {high}, this node {ours.version_min} to "
+                f"{ours.version_max}: upgrade the older one",
                 peer=self.remote,
                 code="version",
             )
