@@ -6,20 +6,18 @@ It decides nothing: what arrives becomes events of ``HostMachine``, what that as
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 import trio
 
-from ha_core import registry
 from ha_core.config import Config
 from ha_core.errors import StorageError
 from ha_core.guard.primaries import write_primaries
 from ha_core.guard.renewal import RenewalCodec
 from ha_core.ids import HostName, LinkName, NodeId, ReplicaId, StoreId, host_of
-from ha_core.interfaces import DatagramTransport, RecordStore, RecordStoreEngine, StreamTransport
+from ha_core.interfaces import RecordStore
 from ha_core.machines.aam import AamMachine, AnswerGuard, GuardDatagram, Ping, PingAnswered, RecordsChanged, VerdictChanged
 from ha_core.machines.contract import Effect, Persist, PersistFailed, WriteCheckpoint
 from ha_core.machines.database import DatabaseMachine
@@ -35,11 +33,11 @@ from ha_core.roles.aam_service import AamService
 from ha_core.roles.boots import next_boot
 from ha_core.roles.membership_file import MembershipFile, is_member
 from ha_core.roles.names_keeper import NamesKeeper, known_peers
-from ha_core.roles.rundir import AAM_SOCKET, make_directories, own_boot_id, store_path
+from ha_core.roles.rundir import AAM_SOCKET, make_directories, own_boot_id
 from ha_core.runtime.database_calls import DatabaseCalls
 from ha_core.runtime.driver import Driver
-from ha_core.runtime.endpoint import EndpointShell
 from ha_core.runtime.entropy import fresh_rng
+from ha_core.runtime.parts import endpoint_shell, open_records
 from ha_core.runtime.ping import ping
 from ha_core.runtime.records import RecordShell
 from ha_core.runtime.rpc import serve_unix
@@ -61,21 +59,12 @@ async def run_aam(config: Config) -> None:
         while True:
             while (membership := MembershipFile.load(config.data_dir)) is None:
                 await trio.sleep(JOIN_POLL_S)
-            async with _open_store(config) as store, trio.open_nursery() as member:
+            async with open_records(config) as store, trio.open_nursery() as member:
                 member.start_soon(Aam(config, run_dir, membership, store).run)
                 while is_member(config.data_dir, membership):
                     await trio.sleep(JOIN_POLL_S)
                 member.cancel_scope.cancel()
             logger.warning("this host has left cluster %s", membership.cluster)
-
-
-@asynccontextmanager
-async def _open_store(config: Config) -> AsyncIterator[RecordStore]:
-    engine_class = registry.find("stores", config.store)
-    assert callable(engine_class)
-    engine: RecordStoreEngine = engine_class()
-    async with engine.open(str(store_path(config)), {}) as store:
-        yield store
 
 
 class Aam:
@@ -98,15 +87,7 @@ class Aam:
         self._driver = Driver(NodeMachine(endpoint, [host_child(self._host_machine)]), self._perform)
         self._calls = DatabaseCalls(self._driver.post)
         self._records = RecordShell(self._store, self._driver.step)
-        stream, datagram = registry.find("transports", "tcp"), registry.find("transports", "udp")
-        assert callable(stream)
-        assert callable(datagram)
-        stream_transport: StreamTransport = stream()
-        datagram_transport: DatagramTransport = datagram()
-        self._endpoint = EndpointShell(
-            post=self._driver.post, step=self._driver.step, stream=stream_transport, datagram=datagram_transport,
-            bind={link: self._config.bind_address(link) for link in self._config.links}, on_guard_datagram=self._guard_datagram,
-        )  # fmt: skip
+        self._endpoint = endpoint_shell(self._config, self._driver, self._guard_datagram)
         self._service = AamService(self._config, self._host_machine, endpoint, self._calls)
         self._names = NamesKeeper(self._config)
         await self._endpoint.open()

@@ -38,11 +38,6 @@ def run_dir_of(config: Config) -> Path:
     return Path(base) / "ha-core" / host
 
 
-def store_path(config: Config) -> Path:
-    """Where the aam keeps its replica."""
-    return config.data_dir / f"node.{'db' if config.store == 'sqlite' else config.store}"
-
-
 def make_directories(config: Config) -> Path:
     """Make the data and run directories; the latter's path.
 

@@ -21,10 +21,11 @@ from ha_core.ids import HostName, LinkName, NodeId, host_of
 from ha_core.interfaces import Hypervisor
 from ha_core.roles.membership_file import Addresses, MembershipFile, is_member
 from ha_core.roles.names_keeper import FILE_NAME as FT_HOSTS
-from ha_core.roles.rundir import JOIN_TOKEN, VPXA_SOCKET, make_directories, store_path
+from ha_core.roles.rundir import JOIN_TOKEN, VPXA_SOCKET, make_directories
 from ha_core.roles.vm_driver import VmDriver
 from ha_core.roles.vmap import Vmap
 from ha_core.runtime.entropy import fresh_id
+from ha_core.runtime.parts import records_path
 from ha_core.runtime.rpc import Call, serve_tcp, serve_unix
 from ha_core.runtime.watchdog import Watchdog
 from ha_core.security.join import make_token, unseal
@@ -175,7 +176,7 @@ class Vpxa:
 
     def _put_aside(self) -> None:
         """What an earlier membership left: its replica was retired when the host was removed, and its peers are not ours."""
-        store = store_path(self._config)
+        store = records_path(self._config)
         for path in (store, *(Path(f"{store}{end}") for end in ("-wal", "-shm")), self._config.data_dir / FT_HOSTS):
             if path.exists():
                 path.replace(f"{path}.left")

@@ -11,17 +11,15 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
-from typing import Final, cast
+from typing import Final
 
-import attrs
 import trio
 
-from ha_core import registry
 from ha_core.config import Config, ns
 from ha_core.errors import ConfigError, StorageError
-from ha_core.ids import Boot, LinkName, ReplicaId, StoreId
-from ha_core.interfaces import DatagramTransport, RecordStore, RecordStoreEngine, StreamTransport
-from ha_core.machines.contract import Event, PersistFailed, Rng
+from ha_core.ids import Boot, ReplicaId, StoreId
+from ha_core.interfaces import RecordStore
+from ha_core.machines.contract import Event, PersistFailed
 from ha_core.machines.database import DatabaseMachine
 from ha_core.machines.database_client import DatabaseClientMachine
 from ha_core.machines.durable import DurableMachine
@@ -29,13 +27,12 @@ from ha_core.machines.durable_events import Batch, Message
 from ha_core.machines.endpoint import EndpointMachine
 from ha_core.machines.node import Child, NodeMachine, database_child, durable_child
 from ha_core.machines.raft.configuration import Configuration, Member
-from ha_core.machines.raft.types import Recovered
 from ha_core.runtime.deliveries import Inbox
 from ha_core.runtime.driver import Driver
-from ha_core.runtime.endpoint import EndpointShell
 from ha_core.runtime.entropy import fresh_id, fresh_rng
 from ha_core.runtime.event_queue import Events
 from ha_core.runtime.node_shell import Node
+from ha_core.runtime.parts import endpoint_shell, open_records
 from ha_core.runtime.records import RecordShell
 from ha_core.runtime.sessions import SessionChannel
 from ha_core.security.key import load_key
@@ -44,12 +41,10 @@ from ha_core.storage.sqlite_transactions import TransactionStore, open_transacti
 
 __all__ = [
     "Batch",
-    "DatabaseParts",
     "Events",
     "Inbox",
     "Message",
     "Node",
-    "OpenNode",
     "SessionChannel",
     "Transaction",
     "open_node",
@@ -61,45 +56,11 @@ SWITCH_S: Final = 0.0005
 """Between threads of this process: a store's thread that comes back from a flush must not wait 5 ms for its turn."""
 
 
-@attrs.frozen
-class DatabaseParts:
-    """What a machine with a database replica is made of."""
+class _OpenNode(AbstractAsyncContextManager[Node]):
+    """What ``open_node`` returns."""
 
-    config: Config
-    replica: ReplicaId
-    recovered: Recovered
-    bootstrap: Configuration | None
-    rng: Rng
-
-
-def build_database(parts: DatabaseParts) -> Child:
-    """The replica of a node that is nothing more; the aam puts its own machine in this place."""
-    config = parts.config
-    machine = DatabaseMachine(
-        node=config.node,
-        replica=parts.replica,
-        profile=config.profile,
-        rng=parts.rng,
-        recovered=parts.recovered,
-        bootstrap=parts.bootstrap,
-        cluster=config.cluster,
-    )
-    return database_child(machine)
-
-
-class OpenNode(AbstractAsyncContextManager[Node]):
-    """What ``open_node`` returns; agents give it their own ``build`` and ``on_guard_datagram``."""
-
-    def __init__(
-        self,
-        config: Config,
-        *,
-        build: Callable[[DatabaseParts], Child] = build_database,
-        on_guard_datagram: Callable[[LinkName, str, bytes], None] | None = None,
-    ) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._build = build
-        self._on_guard_datagram = on_guard_datagram
         self._stack = AsyncExitStack()
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
@@ -139,7 +100,7 @@ class OpenNode(AbstractAsyncContextManager[Node]):
         except OSError as exc:
             raise ConfigError(f"data_dir: cannot make {config.data_dir}: {exc.strerror}", field="data_dir") from exc
         key = load_key(config.key_path)
-        records = None if config.role == "client" else await self._open_records()
+        records = None if config.role == "client" else await self._stack.enter_async_context(open_records(config))
         store = await self._open_store(b"" if records is None else records.incarnation)
         endpoint = self._endpoint(key, store)
         children = [] if store is None else [durable_child(_durable(store, config))]
@@ -149,14 +110,7 @@ class OpenNode(AbstractAsyncContextManager[Node]):
         self._nursery = await self._stack.enter_async_context(trio.open_nursery())
         node = Node(config, store, endpoint, self._nursery)
         driver = Driver(machine, node.perform, node.collect)
-        shell = EndpointShell(
-            post=driver.post,
-            step=driver.step,
-            bind={link: config.bind_address(link) for link in config.links},
-            stream=cast(Callable[[], StreamTransport], registry.find("transports", "tcp"))(),
-            datagram=cast(Callable[[], DatagramTransport], registry.find("transports", "udp"))(),
-            on_guard_datagram=self._on_guard_datagram,
-        )
+        shell = endpoint_shell(config, driver)
         await shell.open()
         record_shell = None
         if records is not None:
@@ -168,12 +122,6 @@ class OpenNode(AbstractAsyncContextManager[Node]):
         if record_shell is not None:
             self._nursery.start_soon(self._supervised, node, record_shell.run)
         return node
-
-    async def _open_records(self) -> RecordStore:
-        config = self._config
-        engine = cast(Callable[[], RecordStoreEngine], registry.find("stores", config.store))()
-        name = "node.db" if config.store == "sqlite" else f"node.{config.store}"
-        return await self._stack.enter_async_context(engine.open(str(config.data_dir / name), {}))
 
     async def _open_store(self, replica: bytes) -> TransactionStore | None:
         config = self._config
@@ -223,8 +171,16 @@ class OpenNode(AbstractAsyncContextManager[Node]):
         if config.node in config.bootstrap:
             members = {node: Member(b"", dict(config.bootstrap[node])) for node in sorted(config.bootstrap)}
             bootstrap = Configuration(incoming=tuple(members), members=members)
-        rng = fresh_rng(f"database of {config.node}")
-        return self._build(DatabaseParts(config, ReplicaId(records.incarnation), recovered, bootstrap, rng))
+        replica = DatabaseMachine(
+            node=config.node,
+            replica=ReplicaId(records.incarnation),
+            profile=config.profile,
+            rng=fresh_rng(f"database of {config.node}"),
+            recovered=recovered,
+            bootstrap=bootstrap,
+            cluster=config.cluster,
+        )
+        return database_child(replica)
 
     # -- tasks --
 
@@ -273,4 +229,4 @@ def open_node(config: Config) -> AbstractAsyncContextManager[Node]:
         StorageError: a store is damaged, of another node, or cannot be opened.
         TransportError: an address is in use or not ours.
     """
-    return OpenNode(config)
+    return _OpenNode(config)
