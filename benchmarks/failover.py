@@ -19,7 +19,7 @@ from ha_core.ids import HostName, VmName
 from ha_core.machines.aam import AamMachine
 from ha_core.machines.failover.commands import DefineVm, MoveVm, SetSettings
 from ha_core.machines.failover.records import Vm
-from ha_core.testing.campaigns.cluster import World
+from ha_core.testing.campaigns.cluster import CampaignWorld
 from ha_core.testing.campaigns.cluster_hosts import ClusterHost
 from ha_core.testing.simulator import MILLISECOND, SECOND, Simulation
 
@@ -71,7 +71,7 @@ def play_all(parameters: Parameters, seed: int, victim: Victim) -> Sequence[Fail
 def play(seed: int, victim: Victim) -> Failover:
     """One cluster, one power loss."""
     sim = Simulation(seed)
-    world = World(sim, profile=LAN, size=3)
+    world = CampaignWorld(sim, profile=LAN, size=3)
     for host in world.hosts.values():
         host.start()
     world.order(SetSettings.of(world.settings))
@@ -101,7 +101,7 @@ def play(seed: int, victim: Victim) -> Failover:
     return Failover(issued_ms, len(sim.violations))
 
 
-def _spread(world: World, seed: int) -> None:
+def _spread(world: CampaignWorld, seed: int) -> None:
     """Two VMs on each host: some came up before the other hosts had joined."""
     hosts = list(world.hosts.values())
     for number in range(VMS):
@@ -120,7 +120,7 @@ def _running(host: ClusterHost) -> list[str]:
     return [name for name, shim in sorted(host.hypervisor.shims.items()) if shim.executes]
 
 
-def _choose(world: World, victim: Victim) -> ClusterHost:
+def _choose(world: CampaignWorld, victim: Victim) -> ClusterHost:
     """The active primary's host, or another one."""
     wanted = [host for host in world.hosts.values() if _leads(host) is (victim == "leader")]
     if not wanted:

@@ -2,7 +2,8 @@
 disks and clocks, while an administrator starts, stops and moves VMs.
 
 A safety phase with faults (nothing runs twice, nothing is stopped without need), then everything heals and everything that
-should run must run. The invariants are checked in cluster_checker.py, the hosts are in cluster_hosts.py.
+should run must run. The invariants are checked in cluster_checker.py; cluster_world.py is the cluster, cluster_hosts.py and
+cluster_hypervisor.py are its hosts.
 """
 
 from __future__ import annotations
@@ -13,52 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 import attrs
 
 from ha_core.config import FAST, LAN, Profile, ns
-from ha_core.guard.renewal import RenewalCodec
-from ha_core.ids import HostName, NodeId, ReplicaId, VmName
-from ha_core.machines.aam import AamMachine, AnswerGuard, GuardDatagram, Ping, RecordsChanged, VerdictChanged
-from ha_core.machines.contract import Event, Machine
-from ha_core.machines.database import DatabaseMachine
-from ha_core.machines.database_events import (
-    Arrived,
-    DatabaseReply,
-    DatabaseRequest,
-    DatagramArrived,
-    LeaderChanged,
-    Leading,
-    PeerDown,
-    PeerUp,
-    Send,
-)
+from ha_core.ids import HostName, VmName
+from ha_core.machines.aam import RecordsChanged
 from ha_core.machines.failover import commands as c
-from ha_core.machines.failover.commands import Command, Outcome
-from ha_core.machines.failover.host_agent import ProposalDone, Propose, RecordsSeen
-from ha_core.machines.failover.records import (
-    PREFIX,
-    Host,
-    HostState,
-    Mode,
-    Priority,
-    Rule,
-    RuleKind,
-    Settings,
-    Vm,
-    Wanted,
-)
-from ha_core.machines.keyvalue.model import Call, Called
-from ha_core.machines.messages import SendDatagram, SendRun
-from ha_core.machines.raft.configuration import Configuration, Member
-from ha_core.machines.raft.types import ConfigurationChanged, MessageRefused
-from ha_core.testing.campaigns.cluster_checker import ClusterChecker
-from ha_core.testing.campaigns.cluster_hosts import LOCAL_NS, ClusterHost
+from ha_core.machines.failover.host_agent import RecordsSeen
+from ha_core.machines.failover.records import HostState, Mode, Priority, Rule, RuleKind, Settings, Vm, Wanted
+from ha_core.machines.messages import SendRun
+from ha_core.testing.campaigns.cluster_hosts import ClusterHost, HostPlan
+from ha_core.testing.campaigns.cluster_world import World
 from ha_core.testing.simulator import (
     MICROSECOND,
     MILLISECOND,
     SECOND,
     Chaos,
     Fault,
-    SimDisk,
-    SimMessages,
-    SimNetwork,
     SimProcess,
     Simulation,
     disk_faults,
@@ -66,37 +35,32 @@ from ha_core.testing.simulator import (
     reset_faults,
 )
 
-CLUSTER = "campaign"
-KEY = b"k" * 32
 SETUP_NS = 12 * SECOND
 SAFETY_NS = 10 * SECOND
 LIVENESS_NS = 40 * SECOND
 HOST_FAULTS = ("power-loss", "isolation", "agents-stop-all", "agents-crash-all")
 
 
-def _nothing(effect: object) -> None:
-    """An effect that only a shell would need."""
+class CampaignWorld(World):
+    """A cluster that the seed drew, and what befalls it."""
 
-
-class World:
     def __init__(self, sim: Simulation, *, profile: Profile | None = None, size: int = 0) -> None:
         """The seed draws the profile and the number of hosts where they are not given."""
-        self.sim = sim
-        self.rng = rng = sim.stream("world")
+        rng = sim.stream("world")
         drawn = rng.choice([LAN, FAST, FAST]), rng.choice([3, 3, 4, 5])
-        self.profile = profile or drawn[0]
+        profile = profile or drawn[0]
         names = [f"h{number}" for number in range(1, (size or drawn[1]) + 1)]
-        self.network = SimNetwork(sim, names, links=("a", "b"))
-        self.messages = SimMessages(self.network)
-        self.checker = ClusterChecker(sim)
-        self.codec = RenewalCodec(CLUSTER, KEY)
-        self.hosts = {
-            name: ClusterHost(sim, name, self.profile, self.codec, self.checker, rng.randrange(-4900, 4901)) for name in names
-        }
-        self.disks: dict[str, SimDisk] = {}
-        self._waiting: dict[int, tuple[SimProcess, int, Callable[[object], None]]] = {}
-        self._last_request = 0
-        self._orders: list[Command] = []
+        rates = [rng.randrange(-4900, 4901) for _ in names]
+        flushes = [rng.choice([300, 3000]) * MICROSECOND for _ in names]
+        plans = [
+            HostPlan(name=name, rate_ppm=rate, flush_ns=flush) for name, rate, flush in zip(names, rates, flushes, strict=True)
+        ]
+        settings = Settings(
+            ns(profile.lease_s), ns(profile.margin_s), ns(profile.renewal_s),
+            retries_ns=tuple(second * SECOND for second in (0, 1, 3, 6)), settle_ns=4 * SECOND,
+        )  # fmt: skip
+        super().__init__(sim, profile, plans, settings)
+        self.rng = rng
         self.host_rng = sim.stream("host faults")
         self.swarm: Mapping[str, float] = {}
         self.striking = False
@@ -105,75 +69,19 @@ class World:
         """Messages to AAMs whose streams are stalled."""
         self._backlogs: dict[str, list[RecordsSeen]] = {}
         """What lagging host agents have not been told yet."""
-        for host in self.hosts.values():
-            self._add_aam(host)
-        nodes = [NodeId(f"aam@{name}") for name in names]
-        members = {node: Member(self.disks[node].incarnation) for node in nodes}
-        self._bootstrap = Configuration(incoming=tuple(nodes), members=members)
-        sim.every(100 * MILLISECOND, self._drop_lost_requests)
 
-    # -- the AAMs and their wires --
+    # -- streams that stall, agents that lag --
 
-    def _add_aam(self, host: ClusterHost) -> None:
-        name = f"aam@{host.name}"
-        disk = self.disks[name] = SimDisk(self.sim, name, flush_ns=self.rng.choice([300, 3000]) * MICROSECOND)
-        process = SimProcess(
-            self.sim, name, lambda process: self._build_aam(host, process), disk=disk, clock=host.host.clock, start=False
-        )
-        host.aam = host.host.add(process)
-        process.on(Send, lambda effect: self._send(name, effect))
-        process.on(RecordsChanged, lambda effect: self._records(host, effect))
-        process.on(AnswerGuard, lambda effect: self._answer_guard(host, effect))
-        process.on(DatabaseReply, lambda effect: self._replied(effect))
-        for kind in (LeaderChanged, Leading, ConfigurationChanged, MessageRefused, Ping, VerdictChanged):
-            process.on(kind, _nothing)
-        self.messages.attach(
-            process,
-            host=host.name,
-            on_datagram=lambda sender, topic, body: process.post(DatagramArrived(NodeId(sender), _bytes(body))),
-            on_message=lambda sender, channel, body: process.post(_arrived(sender, channel, body)),
-            on_session=lambda peer, up: self._session(process, peer, up),
-        )
-        host.send_renewal = lambda data: self._send_renewal(host, data)
-        host.propose = lambda effect: self._agent_proposes(host, effect)
-        host.connect_records = lambda: self._connect_records(host)
+    def send_run(self, name: str, run: SendRun) -> None:
+        if run.to in self._held:
+            self._held[run.to].extend((name, run.channel, body) for body in run.bodies)
+        else:
+            super().send_run(name, run)
 
-    def _build_aam(self, host: ClusterHost, process: SimProcess) -> Machine:
-        node = NodeId(process.name)
-        disk = self.disks[node]
-        database = DatabaseMachine(
-            node=node,
-            replica=ReplicaId(disk.incarnation),
-            profile=self.profile,
-            rng=process.rng,
-            recovered=disk.recover(),
-            bootstrap=self._bootstrap,
-            procedures=self.checker.procedures(),
-            cluster=CLUSTER,
-            checkpoint_min_bytes=20_000,
-        )
-        record = Host(HostName(host.name), (("a", f"{host.name}:1"), ("b", f"{host.name}:2")), 8000, 8192, boot=host.boot_id)
-        self.sim.after(LOCAL_NS, self._connect_records, host)
-        return AamMachine(
-            node=node, host=record, database=database, codec=self.codec, profile=self.profile, joins=True,
-            isolation_addresses=("gateway",),
-        )  # fmt: skip
-
-    def _send(self, name: str, effect: Send) -> None:
-        match effect.event:
-            case SendDatagram(to, topic, body):
-                self.messages.send_datagram(name, to, body, topic)
-            case SendRun(to, channel, bodies):
-                for body in bodies:
-                    if to in self._held:
-                        self._held[to].append((name, channel, body))
-                    else:
-                        self.messages.send(name, to, channel, body)
-
-    def _session(self, process: SimProcess, peer: str, up: bool) -> None:
+    def session_changed(self, process: SimProcess, peer: str, up: bool) -> None:
         for to, held in self._held.items():
             self._held[to] = [one for one in held if {one[0], to} != {process.name, peer}]
-        process.post(PeerUp(NodeId(peer)) if up else PeerDown(NodeId(peer)))
+        super().session_changed(process, peer, up)
 
     def _stall(self, name: str, duration_ns: int) -> None:
         """Streams to one AAM stand still while datagrams pass: its view falls behind."""
@@ -186,49 +94,16 @@ class World:
         for sender, channel, body in self._held.pop(name, []):
             self.messages.send(sender, name, channel, body)
 
-    # -- guards and primaries --
-
-    def _send_renewal(self, host: ClusterHost, data: bytes) -> None:
-        for name, target in self.hosts.items():
-            if target is host:
-                self.sim.after(LOCAL_NS, self._renewal_arrives, target, (host.name, "local"), data)
-                continue
-            for link in self.network.links:
-                flow = self.network.flow(host.name, name, link)
-                self.network.packet(flow, self._renewal_arrives, target, (host.name, link), data)
-
-    @staticmethod
-    def _renewal_arrives(target: ClusterHost, source: tuple[str, str], data: bytes) -> None:
-        if target.aam is not None:
-            target.aam.post(GuardDatagram(source, data))
-
-    def _answer_guard(self, host: ClusterHost, effect: AnswerGuard) -> None:
-        assert isinstance(effect.source, tuple)
-        name, link = effect.source
-        target = self.hosts[name]
-        if link == "local":
-            self.sim.after(LOCAL_NS, target.answer, effect.data)
-        else:
-            self.network.packet(self.network.flow(host.name, name, link), target.answer, effect.data)
-
-    # -- host agents --
-
-    def _connect_records(self, host: ClusterHost) -> None:
-        """The host agent and its AAM meet: it gets all records anew."""
-        assert host.aam is not None
-        machine = host.aam.machine
-        if isinstance(machine, AamMachine):
+    def connect_records(self, host: ClusterHost) -> None:
+        if self.aam_of(host) is not None:
             self._backlogs.pop(host.name, None)
-            records = machine.database.state.range(PREFIX)
-            items = [(record.key, record.value) for record in records]
-            host.agent.post(RecordsSeen(machine.database.state.index, items, restored=True))
+        super().connect_records(host)
 
-    def _records(self, host: ClusterHost, effect: RecordsChanged) -> None:
-        seen = RecordsSeen(effect.index, effect.changes, effect.restored)
+    def records_changed(self, host: ClusterHost, effect: RecordsChanged) -> None:
         if host.name in self._backlogs:
-            self._backlogs[host.name].append(seen)
+            self._backlogs[host.name].append(RecordsSeen(effect.index, effect.changes, effect.restored))
         else:
-            self.sim.after(LOCAL_NS, host.agent.post, seen)
+            super().records_changed(host, effect)
 
     def _lag(self, host: ClusterHost, duration_ns: int) -> None:
         """What the host agent is told of the records waits for a while, then comes one by one."""
@@ -245,73 +120,13 @@ class World:
         elif backlog is not None:
             del self._backlogs[host.name]
 
-    def _agent_proposes(self, host: ClusterHost, effect: Propose) -> None:
-        life = host.agent.lives
-
-        def answered(outcome: object) -> None:
-            done = False
-            if isinstance(outcome, Called):
-                self.checker.heard_done(outcome.index)
-                done = Outcome.decode(outcome.value).done
-            if host.agent.lives == life:
-                host.agent.post(ProposalDone(effect.number, done))
-
-        assert host.aam is not None
-        delay_ns = 0
+    def report_delay_ns(self) -> int:
         if self.swarm.get("late-report") and self.host_rng.random() < 0.2:
             self.sim.fault("late-report")
-            delay_ns = int(ns(self.profile.lease_s) * self.host_rng.uniform(0.1, 2.0))
-        self.sim.after(delay_ns, self.request, host.aam, effect.command, answered)
-
-    # -- requests --
-
-    def request(self, process: SimProcess, command: Command, answered: Callable[[object], None]) -> None:
-        """``answered`` gets the outcome, None if the AAM died before it answered."""
-        if not process.alive:
-            self.sim.after(10 * MILLISECOND, answered, None)
-            return
-        self._last_request += 1
-        self._waiting[self._last_request] = (process, process.lives, answered)
-        call = Call(command.name, command.args())
-        process.post(DatabaseRequest(self._last_request, call, timeout_ns=2 * SECOND))
-
-    def _replied(self, effect: DatabaseReply) -> None:
-        waiting = self._waiting.pop(effect.request, None)
-        if waiting is not None:
-            waiting[2](effect.outcome)
-
-    def _drop_lost_requests(self) -> None:
-        lost = [
-            number for number, (process, life, _) in self._waiting.items() if not process.alive or process.lives != life
-        ]  # fmt: skip
-        for number in lost:
-            self._waiting.pop(number)[2](None)
+            return int(ns(self.profile.lease_s) * self.host_rng.uniform(0.1, 2.0))
+        return 0
 
     # -- the administrator --
-
-    def order(self, command: Command) -> None:
-        """Ask until there is an answer, whatever it is; one order after the other."""
-        self._orders.append(command)
-        if len(self._orders) == 1:
-            self._next_order()
-
-    def _next_order(self) -> None:
-        if not self._orders:
-            return
-        process = self.rng.choice([host.aam for host in self.hosts.values() if host.aam is not None])
-        self.request(process, self._orders[0], self._ordered)
-
-    def _ordered(self, outcome: object) -> None:
-        if isinstance(outcome, Called):
-            self.sim.trace("order", type(self._orders[0]).__name__, str(Outcome.decode(outcome.value).reason))
-            self._orders.pop(0)
-            self._next_order()
-        else:
-            self.sim.after(50 * MILLISECOND, self._next_order)
-
-    @property
-    def orders_done(self) -> bool:
-        return not self._orders
 
     def define(self) -> None:
         """Settings, VMs and rules of this seed."""
@@ -337,14 +152,6 @@ class World:
         if rng.random() < 0.3:
             weights = tuple((host, weight) for weight, host in enumerate(rng.sample(list(self.hosts), 2), 1))
             self.order(c.SetRule.of(Rule("near", RuleKind.PREFER, (rng.choice(names),), weights)))
-
-    @property
-    def settings(self) -> Settings:
-        profile = self.profile
-        return Settings(
-            ns(profile.lease_s), ns(profile.margin_s), ns(profile.renewal_s),
-            retries_ns=tuple(second * SECOND for second in (0, 1, 3, 6)), settle_ns=4 * SECOND,
-        )  # fmt: skip
 
     def administer(self) -> None:
         """One turn of the administrator."""
@@ -411,11 +218,11 @@ class World:
         def fail_start(rng: random.Random, amount: float) -> Callable[[], None]:
             chosen = rng.sample(hosts, rng.randrange(1, len(hosts) + 1))
             for host in chosen:
-                host.hypervisor.fail_starts = 0.3 + 0.6 * amount
+                host.hypervisor.nature.fail_starts = 0.3 + 0.6 * amount
 
             def end() -> None:
                 for host in chosen:
-                    host.hypervisor.fail_starts = 0.0
+                    host.hypervisor.nature.fail_starts = 0.0
 
             return end
 
@@ -500,11 +307,6 @@ class World:
     def _cut(self, group: Sequence[str], duration_ns: int) -> None:
         self.sim.after(duration_ns, self.network.partition(group).heal)
 
-    @staticmethod
-    def leads(host: ClusterHost) -> bool:
-        machine = host.aam.machine if host.aam is not None else None
-        return isinstance(machine, AamMachine) and machine.coordinating
-
     def _restart(self, process: SimProcess) -> None:
         process.crash_within(-1)
         host = next(host for host in self.hosts.values() if process in host.agents)
@@ -523,20 +325,11 @@ class World:
         for name in list(self._held):
             self._release(name)
         for host in self.hosts.values():
-            host.hypervisor.fail_starts = 0.0
+            host.hypervisor.nature.fail_starts = 0.0
             for process in host.agents:
                 process.crash_within(-1)
             host.host.thaw()
             host.start()
-
-
-def _bytes(body: object) -> bytes:
-    assert isinstance(body, bytes)
-    return body
-
-
-def _arrived(sender: str, channel: str, body: object) -> Event:
-    return Arrived(NodeId(sender), channel, [_bytes(body)])  # type: ignore[arg-type]
 
 
 class ClusterCampaign:
@@ -549,7 +342,7 @@ class ClusterCampaign:
     )  # fmt: skip
 
     def play(self, sim: Simulation) -> None:
-        world = World(sim)
+        world = CampaignWorld(sim)
         for host in world.hosts.values():
             host.start()
         world.define()
@@ -559,7 +352,7 @@ class ClusterCampaign:
         self._safety(sim, world)
         self._liveness(sim, world)
 
-    def _safety(self, sim: Simulation, world: World) -> None:
+    def _safety(self, sim: Simulation, world: CampaignWorld) -> None:
         swarm = sim.swarm(self.faults)
         if world.rng.random() < 0.7:
             swarm |= dict.fromkeys(("partition", "one-way-cut", "path-cut"), 0.0)
@@ -585,7 +378,7 @@ class ClusterCampaign:
         world.swarm, world.striking = {}, False
         chaos.stop()
 
-    def _liveness(self, sim: Simulation, world: World) -> None:
+    def _liveness(self, sim: Simulation, world: CampaignWorld) -> None:
         world.heal()
         world.restore_order()
         sim.checked("I46")

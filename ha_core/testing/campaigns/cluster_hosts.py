@@ -1,11 +1,10 @@
-"""The simulated hosts of the cluster campaign: guard, host agent and AAM as processes, and a hypervisor that outlives them.
+"""A simulated host of a cluster: guard, host agent and AAM as processes, and a hypervisor that outlives them.
 
 The machines are the real ones; simulated are the wires between them, the shims with their kernel timers, and the VMs.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -15,7 +14,7 @@ from ha_core.config import Profile, ns
 from ha_core.guard import rules
 from ha_core.guard.control import RunReport, StartRequest, StopRequest
 from ha_core.guard.renewal import RenewalCodec, RenewalError
-from ha_core.ids import FencingToken, HostName, LeaseToken, VmName
+from ha_core.ids import FencingToken, HostName, VmName
 from ha_core.machines.contract import Effect, Event, Machine
 from ha_core.machines.failover.host_agent import (
     GuardLost,
@@ -27,12 +26,28 @@ from ha_core.machines.failover.host_agent import (
     StartVm,
     StopVm,
 )
-from ha_core.testing.campaigns.cluster_checker import ClusterChecker, Execution
-from ha_core.testing.simulator import MICROSECOND, MILLISECOND, SimHost, SimProcess, Simulation, Timer
+from ha_core.testing.campaigns.cluster_checker import ClusterChecker
+from ha_core.testing.campaigns.cluster_hypervisor import Hypervisor, Shim
+from ha_core.testing.simulator import MICROSECOND, MILLISECOND, SimHost, SimProcess, Simulation
 
 LOCAL_NS = 100 * MICROSECOND
 """Between two processes of one host."""
 BOOT_NS = 400 * MILLISECOND
+
+
+@attrs.frozen(kw_only=True)
+class HostPlan:
+    """What a simulated host is."""
+
+    name: str
+    paths: int = 2
+    cpu_mhz: int = 8000
+    memory_mib: int = 8192
+    rate_ppm: int = 0
+    """How much faster its clock runs."""
+    flush_ns: int = 300 * MICROSECOND
+    """The mean time of a flush of its store."""
+    boot_ns: int = BOOT_NS
 
 
 # -- the guard, as a machine of the contract --
@@ -76,190 +91,19 @@ class GuardMachine:
         self.rules.check()
 
 
-# -- shims and VMs --
-
-
-@attrs.define
-class Shim:
-    """The mapping of one VM: what a new guard finds, and the timer that ends it whatever becomes of the guard."""
-
-    vm: VmName
-    token: FencingToken
-    lease: LeaseToken
-    deadline_ns: int = 0
-    shutdown_ns: int = 0
-    stop_by_ns: int = 0
-    state: rules.RunState = rules.RunState.STARTING
-    text: str = ""
-    exit_code: int | None = None
-    executes: bool = False
-    ending: bool = False
-    asked: bool = False
-    """Told to shut down, because the host's deadline was reached."""
-    timer: Timer | None = None
-    shutdown_timer: Timer | None = None
-
-
-class Hypervisor:
-    """The VMs of one host: they live on when agents die, and end with the power."""
-
-    def __init__(self, sim: Simulation, host: SimHost, checker: ClusterChecker, kill_ns: int) -> None:
-        self.sim = sim
-        self.host = host
-        self.name = HostName(host.name)
-        self.shims: dict[str, Shim] = {}
-        self.tell: Callable[[rules.Event], None] = lambda event: None
-        self.lease_covers: Callable[[Shim], bool] = lambda shim: False
-        self.fail_starts = 0.0
-        self._checker = checker
-        self._kill_ns = kill_ns
-        self._rng = sim.stream(f"hypervisor/{host.name}")
-        self._life = 0
-
-    # -- by the guard --
-
-    def perform(self, effect: rules.Effect) -> None:
-        match effect:
-            case rules.StartRun(order, deadline_ns, shutdown_ns, _):
-                self._start(order, deadline_ns, shutdown_ns)
-            case rules.WriteRun(vm, token, lease_token, deadline_ns, _):
-                shim = self._shim(vm, token)
-                if shim is not None:
-                    shim.lease = LeaseToken(lease_token)
-                    self._checker.restamped(self.name, shim.vm, shim.token, shim.lease)
-                    self._arm(shim, deadline_ns)
-            case rules.StopRun(vm, token, stop_by_ns):
-                shim = self._shim(vm, token)
-                if shim is not None and not shim.state.reaped:
-                    self._checker.stopped_by_guard(shim.vm, self.name, shim.token)
-                    shim.stop_by_ns = stop_by_ns
-                    left_ns = max(0, stop_by_ns - self.host.clock.now_ns())
-                    self._end_after(shim, int(left_ns * self._rng.random()), "stopped")
-            case rules.KillRun(vm, token):
-                shim = self._shim(vm, token)
-                if shim is not None and not shim.state.reaped:
-                    self._checker.stopped_by_guard(shim.vm, self.name, shim.token)
-                    self._end_after(shim, 0, "killed")
-            case rules.KeepTombstone(vm, token, lease_token):
-                stopped = rules.RunState.STOPPED
-                self.shims[vm] = Shim(VmName(vm), FencingToken(token), LeaseToken(lease_token), state=stopped, text="never")
-            case _:
-                raise TypeError(f"the hypervisor cannot do {effect}")
-
-    def found(self) -> list[rules.RunFound]:
-        """What an earlier guard left."""
-        return [
-            rules.RunFound(
-                shim.vm, shim.token, shim.lease, shim.deadline_ns, shim.shutdown_ns, shim.stop_by_ns, shim.state,
-                shim.exit_code, shim.text,
-            )
-            for _, shim in sorted(self.shims.items())
-        ]  # fmt: skip
-
-    # -- by fate --
-
-    def power_off(self) -> None:
-        self._life += 1
-        for _, shim in sorted(self.shims.items()):
-            if shim.timer is not None:
-                shim.timer.cancel()
-            if shim.executes:
-                self._checker.end(shim.vm, self.name, shim.token, "power off")
-        self.shims.clear()
-
-    def crash_one(self, rng: random.Random) -> bool:
-        """A VM dies by itself."""
-        running = [shim for _, shim in sorted(self.shims.items()) if shim.executes and not shim.ending]
-        if not running:
-            return False
-        self._end_after(rng.choice(running), 0, "crashed")
-        return True
-
-    # -- inside --
-
-    def _shim(self, vm: str, token: int) -> Shim | None:
-        shim = self.shims.get(vm)
-        return shim if shim is not None and shim.token == token else None
-
-    def _start(self, order: StartRequest, deadline_ns: int, shutdown_ns: int) -> None:
-        shim = Shim(VmName(order.vm), FencingToken(order.token), LeaseToken(order.lease), shutdown_ns=shutdown_ns)
-        self.shims[order.vm] = shim
-        self._arm(shim, deadline_ns)
-        delay_ns = int(self._rng.uniform(1, 40) * MILLISECOND)
-        self.sim.after(delay_ns, self._begin, self._life, shim)
-
-    def _begin(self, life: int, shim: Shim) -> None:
-        if life != self._life or shim.ending:
-            return
-        if self._rng.random() < self.fail_starts:
-            self.sim.fault("fail-start")
-            shim.ending = True
-            self._gone(life, shim, "it cannot start", started=False)
-            return
-        shim.executes = True
-        shim.state = rules.RunState.RUNNING
-        self._checker.begin(Execution(shim.vm, self.name, shim.token, shim.lease, self.sim.now_ns))
-        self.tell(rules.RunUp(shim.vm, shim.token))
-
-    def _arm(self, shim: Shim, deadline_ns: int) -> None:
-        shim.deadline_ns = deadline_ns
-        if shim.timer is not None:
-            shim.timer.cancel()
-        shim.timer = None
-        if shim.shutdown_timer is not None:
-            shim.shutdown_timer.cancel()
-        shim.shutdown_timer = None
-        if deadline_ns < rules.NEVER and shim.shutdown_ns:
-            asked_ns = self.host.clock.virtual(deadline_ns - shim.shutdown_ns)
-            shim.shutdown_timer = self.sim.at(asked_ns, self._shut_down, self._life, shim)
-        if deadline_ns < rules.NEVER:
-            shim.timer = self.sim.at(self.host.clock.virtual(deadline_ns), self._deadline, self._life, shim)
-
-    def _deadline(self, life: int, shim: Shim) -> None:
-        if life == self._life and not shim.ending:
-            self._checker.deadline_passed(shim.vm, self.name, shim.token, self.lease_covers(shim))
-            self._end_after(shim, 0, "deadline")
-
-    def _shut_down(self, life: int, shim: Shim) -> None:
-        """The host's deadline: the shim asks the VM to end, and kills it at its own deadline, ``shutdown_ns`` later."""
-        if life == self._life and not shim.ending and not shim.asked:
-            shim.asked = True
-            self._end_after(shim, 1 + int(shim.shutdown_ns * self._rng.random()), "shut down at the deadline")
-
-    def _end_after(self, shim: Shim, delay_ns: int, why: str) -> None:
-        if delay_ns == 0:
-            shim.ending = True
-            delay_ns = int(self._kill_ns * self._rng.random())
-        self.sim.after(delay_ns, self._gone, self._life, shim, why)
-
-    def _gone(self, life: int, shim: Shim, why: str, started: bool = True) -> None:
-        if life != self._life or shim.state.reaped:
-            return
-        began = shim.executes
-        shim.ending, shim.executes = True, False
-        if shim.timer is not None:
-            shim.timer.cancel()
-        shim.state = rules.RunState.STOPPED if started else rules.RunState.FAILED
-        shim.text = why
-        shim.exit_code = -9
-        if began:
-            self._checker.end(shim.vm, self.name, shim.token, why)
-        self.tell(rules.RunGone(shim.vm, shim.token, -9, why, started))
-
-
 # -- a host --
 
 
 class ClusterHost:
-    """Three agents, their wires, and the VMs. The AAM process is built by the campaign."""
+    """Three agents, their wires, and the VMs. The AAM process is built by the world that the host is in."""
 
-    def __init__(
-        self, sim: Simulation, name: str, profile: Profile, codec: RenewalCodec, checker: ClusterChecker, rate_ppm: int
-    ) -> None:
+    def __init__(self, sim: Simulation, plan: HostPlan, profile: Profile, codec: RenewalCodec, checker: ClusterChecker) -> None:
         self.sim = sim
+        self.plan = plan
+        name = plan.name
         self.name = HostName(name)
         self.profile = profile
-        self.host = SimHost(sim, name, rate_ppm=rate_ppm, boot_ns=BOOT_NS)
+        self.host = SimHost(sim, name, rate_ppm=plan.rate_ppm, boot_ns=plan.boot_ns)
         kill_ns = (ns(profile.margin_s) - ns(profile.lease_s) // 50) // 3
         self.hypervisor = Hypervisor(sim, self.host, checker, kill_ns)
         self.hypervisor.tell = self._tell_guard
@@ -267,6 +111,8 @@ class ClusterHost:
         self.send_renewal: Callable[[bytes], None] = lambda data: None
         self.propose: Callable[[Propose], None] = lambda effect: None
         self.connect_records: Callable[[], None] = lambda: None
+        self.on_ended: Callable[[], None] = lambda: None
+        """The guard has ended its VMs, as it was asked to."""
         self.aam: SimProcess | None = None
         self._codec = codec
         self._rng = sim.stream(f"host/{name}")
@@ -338,7 +184,7 @@ class ClusterHost:
         """Power on, and every agent."""
         if not self.host.powered:
             self.host.power_on()
-            self._booted_ns = self.sim.now_ns + BOOT_NS
+            self._booted_ns = self.sim.now_ns + self.plan.boot_ns
         elif self.booted:
             for process in self.agents:
                 process.start()
@@ -378,7 +224,7 @@ class ClusterHost:
             case rules.Noted(text):
                 self.sim.trace("guard", self.name, text)
             case rules.Ended():
-                pass
+                self.on_ended()
             case effect:
                 self.hypervisor.perform(effect)
 
