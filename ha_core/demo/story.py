@@ -287,12 +287,12 @@ class Story:
             _resume(pid)
         await self.world.board.mend_host(host.name)
         await self.world.board.mend_host(f"{host.name}-app")
-        await self.until(f"{host.name} has a lease again", lambda: self._holds_lease(host), 15)
+        await self.until(f"{host.name} has a lease again", lambda: self.holds_lease(host), 15)
         # Its aam was replaced: until it is back, losing another host would be losing the quorum.
         await self.until(f"{host.name}: all agents run", lambda: self.is_whole(host), 15)
         await self.until("all databases are equal", self._databases_are_equal, 15)
 
-    async def _holds_lease(self, host: DemoHost) -> bool:
+    async def holds_lease(self, host: DemoHost) -> bool:
         try:
             with trio.fail_after(1.0):
                 status = cast(Mapping[str, int], (await host.guard("status"))["status"])
@@ -334,7 +334,7 @@ class Story:
         await self.world.power_on(host)
         await self.fleet.start_on(host)
         await self.world.wait_ready(host)
-        await self.until(f"{host.name} has a lease again", lambda: self._holds_lease(host), 20)
+        await self.until(f"{host.name} has a lease again", lambda: self.holds_lease(host), 20)
         await self.until("all databases are equal", self._databases_are_equal, 20)
         self.report.database_equal = True
         await self.until("every VM runs", lambda: len(self.running()) == len(VMS), 15)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -108,6 +108,8 @@ class World:
     board: SwitchboardProcess
     center_address: str
     """Where the center listens, on whichever host it runs."""
+    launcher: Callable[[DemoHost], Sequence[str]]
+    """What to put before the command that starts a host's agents."""
     started: list[trio.Process] = attrs.field(factory=list)
 
     @property
@@ -121,7 +123,10 @@ class World:
         (host.run_dir / "boot_id").write_text(str(uuid.uuid4()))
         await self.board.mend_host(host.name)
         await self.board.mend_host(f"{host.name}-app")
-        argv = [sys.executable, "-m", "ha_core", "agent", "--config", str(self.config(host))]
+        await self.start_agents(host)
+
+    async def start_agents(self, host: DemoHost) -> None:
+        argv = [*self.launcher(host), sys.executable, "-m", "ha_core", "agent", "--config", str(self.config(host))]
         host.process = await self.start(host, "agent", *argv, env={"HA_CORE_BOOT_ID_FILE": str(host.run_dir / "boot_id")})
 
     def config(self, host: DemoHost) -> Path:
@@ -173,7 +178,9 @@ class World:
 
 
 @asynccontextmanager
-async def open_world(*, keep: Path | None, profile: str, store: str) -> AsyncIterator[World]:
+async def open_world(
+    *, keep: Path | None, profile: str, store: str, launcher: Callable[[DemoHost], Sequence[str]] = lambda _: ()
+) -> AsyncIterator[World]:
     """Lay the cables and write the configurations; leaving kills every process that carries one of our marks."""
     cables = lay_cables([*HOSTS, *(f"{name}-app" for name in HOSTS), "center"], [*LINKS, "m"])
     relayed = {where: pair for where, pair in cables.items() if where[0] != "center"}
@@ -193,7 +200,7 @@ async def open_world(*, keep: Path | None, profile: str, store: str) -> AsyncIte
         hosts[name] = host
     try:
         async with open_switchboard_process(relayed) as board:
-            world = World(folder, hosts, board, cables["center", "m"][0])
+            world = World(folder, hosts, board, cables["center", "m"][0], launcher)
             try:
                 yield world
             finally:

@@ -136,7 +136,7 @@ def main(path: str, command: list[str]) -> None:
         os.execvp(command[0], command)
     held: dict[int, int] = {}
     while _reap(held):
-        if server not in select.select([server, wake_read], [], [])[0]:
+        if wake_read in select.select([server.fileno(), wake_read], [], [])[0]:
             os.read(wake_read, 100)
             continue
         with server.accept()[0] as client:
