@@ -65,7 +65,7 @@ def deliver(
             break
     if isinstance(failure, OutboxFullError):
         return attrs.evolve(_step(tx, batch, done, ""), blocked=True)
-    return _step(tx, batch, done, "" if failure is None else _text(failure))
+    return _step(tx, batch, done, "" if failure is None else text_of(failure))
 
 
 def _one_by_one(
@@ -152,5 +152,6 @@ def _step(tx: Transaction, batch: RunBatch, done: int, error: str) -> Delivered:
     return Delivered(after, digest, error)
 
 
-def _text(failure: BaseException) -> str:
-    return f"{type(failure).__name__}: {failure}"[:1000]
+def text_of(failure: BaseException) -> str:
+    """One line for logs and dead letters."""
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:1000]

@@ -218,6 +218,11 @@ class TransactionStore:
         self._outbox.peers = peers
 
     @property
+    def failed(self) -> bool:
+        """Nothing more is committed."""
+        return self._poison is not None or self._abandoned
+
+    @property
     def outbox_bytes(self) -> int:
         """What the outbox holds."""
         return self._outbox.total_bytes

@@ -12,14 +12,14 @@ import attrs
 import outcome
 import trio
 
-from ha_core.errors import HAError, LocalProtocolError, NodeFailedError, StorageFullError
+from ha_core.errors import HAError, InvariantError, LocalProtocolError, NodeFailedError, StorageFullError
 from ha_core.events import DeadLetterEvent, NodeEvent
 from ha_core.ids import ChannelName, MessageId, NodeId
 from ha_core.machines.contract import Event
 from ha_core.machines.durable import REPLY_PREFIX
 from ha_core.machines.durable_events import Batch, BatchDone, HandlerClosed, HandlerOpened, Message, RunBatch
 from ha_core.machines.durable_receiver import BATCH_COUNT
-from ha_core.storage.sqlite_delivery import Delivered, commit_inbox, deliver, record_attempt, set_aside, store_replies
+from ha_core.storage.sqlite_delivery import Delivered, commit_inbox, deliver, record_attempt, set_aside, store_replies, text_of
 from ha_core.storage.sqlite_outbox import check_name
 from ha_core.storage.sqlite_transaction import Transaction, name_of
 from ha_core.storage.sqlite_transactions import Job, TransactionStore
@@ -142,6 +142,8 @@ class Deliveries:
         self._open(ChannelName(name), _Served(apply, max_batch), BATCH_COUNT)
 
     def open_inbox(self, name: str, max_batch: int) -> Inbox:
+        if max_batch < 1:
+            raise LocalProtocolError(f"max_batch: expected at least 1, found {max_batch}")
         inbox = Inbox(self, ChannelName(name))
         self._open(ChannelName(name), inbox, max_batch)
         return inbox
@@ -217,7 +219,19 @@ class Deliveries:
             served = handler
             name = ChannelName(name_of(served.apply))
             work = lambda tx: deliver(tx, batch, self._node, served.apply, served.max_batch)  # noqa: E731
+            self.store.submit(Job(lambda tx: outcome.Value(work(tx)), name, partial(self._served, batch)))
+            return
         self.store.submit(Job(lambda tx: outcome.Value(work(tx)), name, partial(self._handled, batch)))
+
+    def _served(self, batch: RunBatch, result: outcome.Outcome[object]) -> None:
+        """What ended the group's transaction under a handler (OR ROLLBACK, too long) is a failure of its message, not ours."""
+        error = result.error if isinstance(result, outcome.Error) else None
+        if error is None or isinstance(error, StorageFullError | InvariantError) or self.store.failed:
+            self._handled(batch, result)
+        elif len(batch.bodies) > 1:  # of which one? The first alone will show, then the next
+            self._handle(attrs.evolve(batch, bodies=batch.bodies[:1], digests=batch.digests[:1]))
+        else:
+            self.done(batch, Delivered(batch.first - 1, b"", text_of(error)))
 
     def _handled(self, batch: RunBatch, result: outcome.Outcome[object]) -> None:
         if isinstance(result, outcome.Value):

@@ -15,12 +15,16 @@ from ha_core.errors import HAError, LocalProtocolError, NodeFailedError, Session
 from ha_core.ids import ChannelName, NodeId, SessionId
 from ha_core.machines.contract import Event
 from ha_core.machines.messages import Consumed, DeliverRun, Priority, SendRun
+from ha_core.machines.session import MAX_CHANNEL_NAME, MAX_CHANNELS
+from ha_core.machines.wire import MAX_MESSAGE_BYTES
 
 GATHER_COUNT: Final = 4096
 GATHER_BYTES: Final = 512 << 10
 """What is gathered before the endpoint has taken it; beyond that a send waits."""
 _PREFIX: Final = "app."
 """Before the names of applications' channels on the wire, so that they never meet ours."""
+CHANNELS: Final = MAX_CHANNELS - 16
+"""Applications' channels to one peer in the life of a session; the rest is for ours."""
 
 
 class SessionChannel:
@@ -46,7 +50,10 @@ class SessionChannel:
         Raises:
             trio.WouldBlock: there is no session or no room now.
             SessionResetError: the peer restarted; what was sent before was delivered once or not at all. Said once.
+            LocalProtocolError: ``body`` is not bytes, or more than 8 MiB.
         """
+        if type(body) is not bytes or len(body) > MAX_MESSAGE_BYTES:
+            raise LocalProtocolError(f"session channel to {self._to}: a message is bytes, at most {MAX_MESSAGE_BYTES} of them")
         if self._reset:
             self._raise_reset()
         if (
@@ -109,6 +116,11 @@ class SessionChannel:
         self.wake()
         return SendRun(self._to, self._name, bodies, self._priority, self._redundant)
 
+    def take_unread(self, session: SessionId | None) -> list[DeliverRun]:
+        """What arrived in this session and was never received."""
+        runs, self._runs = self._runs, deque()
+        return [item[0] for item in runs if item is not None and item[1] == session]
+
     def put(self, run: DeliverRun, session: SessionId | None) -> None:
         self._runs.append((run, session))
         self._arrived.set()
@@ -144,20 +156,38 @@ class Sessions:
         self._early: dict[tuple[NodeId, ChannelName], list[DeliverRun]] = {}
         """Bounded by the credit that nobody renews."""
         self._gathered: dict[SessionChannel, None] = {}
+        self._names: dict[NodeId, set[ChannelName]] = {}
+        """Channels that were opened since the session with a peer began: the endpoint keeps a handle of each."""
         self.failure: HAError | None = None
 
     def open(self, to: NodeId, channel: str, priority: Priority, redundant: bool) -> SessionChannel:
         name = ChannelName(_PREFIX + channel)
         if (to, name) in self._channels:
             raise LocalProtocolError(f"session channel {channel!r} to {to} is open already")
+        names = self._names.setdefault(to, set())
+        if len(name) > MAX_CHANNEL_NAME or not name.isprintable() or (name not in names and len(names) >= CHANNELS):
+            raise LocalProtocolError(
+                f"session channel {channel[:40]!r} to {to}: expected at most {MAX_CHANNEL_NAME - len(_PREFIX)} printable "
+                f"characters, and at most {CHANNELS} names to a peer"
+            )
+        names.add(name)
         one = self._channels[to, name] = SessionChannel(self, to, name, priority, redundant)
         for run in self._early.pop((to, name), []):
             one.put(run, self._live.get(to))
         return one
 
     def close(self, channel: SessionChannel) -> None:
-        del self._channels[channel.key]
-        self._gathered.pop(channel, None)
+        """What was sent goes out, what was not read waits for the next who opens the channel."""
+        key = channel.key
+        del self._channels[key]
+        if channel in self._gathered:
+            del self._gathered[channel]
+            self._post(channel.take())
+        session = self._live.get(key[0])
+        if session is None:
+            self._names[key[0]].discard(key[1])
+        elif unread := channel.take_unread(session):
+            self._early[key] = unread
 
     def collect(self) -> list[Event]:
         """What was gathered since the last feeding, a run a channel."""
@@ -194,6 +224,7 @@ class Sessions:
     def down(self, peer: NodeId, reason: str) -> None:
         if self._live.pop(peer, None) is None:
             return
+        self._names[peer] = {name for to, name in self._channels if to == peer}
         for key in [key for key in self._early if key[0] == peer]:
             del self._early[key]
         for (to, _), channel in self._channels.items():

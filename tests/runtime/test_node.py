@@ -203,6 +203,40 @@ async def test_poison_message_becomes_a_dead_letter_and_the_rest_goes_on(tmp_pat
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT OR ROLLBACK INTO effects (at) VALUES (1)",
+        "INSERT INTO effects (number) WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c) SELECT x FROM c",
+    ],
+    ids=["or-rollback", "endless"],
+)
+async def test_message_whose_handler_ends_the_transaction_becomes_a_dead_letter_and_the_rest_goes_on(
+    tmp_path: Path, statement: str
+) -> None:
+    configs = make_configs(tmp_path, [A, B], message_attempts=1, max_transaction_s=0.05)
+
+    def handle(tx: Transaction, batch: Sequence[Message]) -> None:
+        for one in batch:
+            write(tx, [one])
+            if one.body == b"2":
+                tx.execute(statement)
+
+    async with (
+        open_node(configs[A]) as a,
+        open_node(configs[B]) as b,
+        b.open_events() as events,
+        trio.open_nursery() as nursery,
+    ):
+        await b.transact(make_table)
+        await a.transact(send_some, 1, 3)
+        nursery.start_soon(b.serve, C, handle)
+        letter = await event_of(events, DeadLetterEvent)
+        assert letter.number == 2
+        assert await wait_for(b, 2) == [b"1", b"3"]
+        nursery.cancel_scope.cancel()
+
+
 async def test_request_is_answered_in_the_handlers_transaction(configs: dict[NodeId, Config]) -> None:
     def answer(tx: Transaction, batch: Sequence[Message]) -> None:
         write(tx, batch)
@@ -261,6 +295,60 @@ async def test_session_messages_flow_and_a_restart_is_told(configs: dict[NodeId,
                     await out.receive()
                 await out.send(b"again")
                 assert list(await back.receive()) == [b"again"]
+
+
+async def test_message_sent_right_before_its_channel_closes_still_arrives(configs: dict[NodeId, Config]) -> None:
+    async with open_node(configs[A]) as a, open_node(configs[B]) as b, b.open_session(A, "chat") as back:
+        with trio.fail_after(5):
+            async with a.open_session(B, "chat") as out:
+                await out.send(b"first")
+                assert await back.receive() == [b"first"]
+                await out.send(b"last words")
+            assert await back.receive() == [b"last words"]
+
+
+async def test_messages_unread_when_a_channel_closes_wait_for_its_next_opening(configs: dict[NodeId, Config]) -> None:
+    async with open_node(configs[A]) as a, open_node(configs[B]) as b, a.open_session(B, "chat") as out:
+        with trio.fail_after(5):
+            async with b.open_session(A, "chat") as back:
+                await out.send(b"1")
+                assert await back.receive() == [b"1"]
+                await out.send(b"2")
+                while not back._runs:
+                    await trio.sleep(0.005)
+            async with b.open_session(A, "chat") as back:
+                assert await back.receive() == [b"2"]
+
+
+async def test_what_no_session_can_carry_is_refused_and_the_node_goes_on(configs: dict[NodeId, Config]) -> None:
+    async with open_node(configs[A]) as a, open_node(configs[B]) as b:
+        async with a.open_session(B, "chat") as out, b.open_session(A, "chat") as back:
+            with trio.fail_after(5):
+                await out.send(b"1")
+                assert await back.receive() == [b"1"]
+                for body in (b"x" * ((8 << 20) + 1), "text"):
+                    with pytest.raises(LocalProtocolError, match="at most 8388608"):
+                        await out.send(body)  # type: ignore[arg-type]
+                for name in ("x" * 200, "a\nb"):
+                    with pytest.raises(LocalProtocolError, match="printable"):
+                        async with a.open_session(B, name):
+                            pass
+                await out.send(b"2")
+                assert await back.receive() == [b"2"]
+
+
+async def test_more_channels_than_a_session_has_are_refused_and_the_node_goes_on(configs: dict[NodeId, Config]) -> None:
+    async with open_node(configs[A]) as a, open_node(configs[B]) as b:
+        opened = 0
+        with trio.fail_after(5), pytest.raises(LocalProtocolError, match="at most 112 names"):
+            for number in range(200):
+                async with a.open_session(B, f"chat {number}") as out:
+                    await out.send(b"%d" % number)
+                opened += 1
+        with trio.fail_after(5):
+            for number in range(opened):
+                async with b.open_session(A, f"chat {number}") as back:
+                    assert await back.receive() == [b"%d" % number]
 
 
 async def test_bodys_exception_leaves_unwrapped(configs: dict[NodeId, Config]) -> None:
@@ -345,6 +433,14 @@ async def test_wrong_ways_to_open_are_one_clear_line_each(tmp_path: Path, config
     with pytest.raises(ConfigError, match="no cluster key"):
         async with open_node(attrs.evolve(configs[A], key_file=tmp_path / "none")):
             pass
+
+
+@pytest.mark.parametrize("max_batch", [0, -1])
+async def test_inbox_of_no_messages_is_refused(configs: dict[NodeId, Config], max_batch: int) -> None:
+    async with open_node(configs[A]) as a:
+        with pytest.raises(LocalProtocolError, match="at least 1"):
+            async with a.open_inbox(C, max_batch=max_batch):
+                pass
 
 
 async def test_unknown_peer_and_taken_channel_are_refused(configs: dict[NodeId, Config]) -> None:
