@@ -272,7 +272,7 @@ def _choice(call: Call, name: str, kind: type[E]) -> E:
         raise RemoteProtocolError(f"{call.method}: {name}: expected one of {known}, found {value!r}", code="params") from None
 
 
-_TIMES = ("shutdown", "start")
+_TIMES = ("shutdown", "stop", "start")
 
 
 def _plain(value: object) -> Plain:

@@ -196,11 +196,13 @@ def vm() -> None:
 @click.option("--host", default="", help="Preferred for the first start.")
 @click.option("--cpu-mhz", default=500)
 @click.option("--memory-mib", default=512)
-@click.option("--shutdown-s", default=0.0, help="How long its orderly shutdown may take.")
+@click.option("--shutdown-s", default=0.0, help="For its orderly shutdown at its host's deadline; a failover waits as long.")
+@click.option("--stop-s", type=float, help="For its orderly shutdown when it is stopped or moved; default: --shutdown-s.")
 @_asks_center
 def add_vm(center: str, key: Path, as_json: bool, argv: tuple[str, ...], after: tuple[str, ...], **params: object) -> None:
     """Protect the command ARGV (after --) as VM NAME."""
-    _ask(center, key, "vm.add", options={"argv": list(argv)}, after=list(after), **params)
+    given = {name: value for name, value in params.items() if value is not None}
+    _ask(center, key, "vm.add", options={"argv": list(argv)}, after=list(after), **given)
 
 
 def _wants(wanted: str, text: str) -> None:

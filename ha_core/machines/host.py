@@ -33,7 +33,7 @@ from ha_core.machines.database_events import (
 from ha_core.machines.failover.commands import RegisterHost
 from ha_core.machines.failover.records import Host
 from ha_core.machines.keyvalue.model import Call
-from ha_core.machines.membership import REPLACE_AFTER_NS, Contact, next_change, next_leader
+from ha_core.machines.membership import MAX_PRIMARIES, REPLACE_AFTER_NS, Contact, next_change, next_leader
 from ha_core.machines.messages import Consumed, DeliverRun, ForgetPeer, PeerReachable, Priority, SendRun, SetPeer
 from ha_core.machines.node import Child
 from ha_core.machines.raft.types import ConfigurationChanged
@@ -74,10 +74,11 @@ class HostMachine:
         aam: AamMachine,
         primaries: Mapping[NodeId, Mapping[LinkName, str]],
         founds: Host | None = None,
+        max_primaries: int = MAX_PRIMARIES,
     ) -> None:
         """``primaries``: whom this host knew when it was last up; the registered hosts are added as the database tells them.
         ``founds``: this host's record, if it is the first of its cluster: it registers itself, but only while no host is
-        registered at all, else the founder could never be removed."""
+        registered at all, else the founder could never be removed. ``max_primaries``: how many shall vote at most."""
         self.aam = aam
         self._node = node
         self._introduction = _encode(replica, addresses)
@@ -86,6 +87,7 @@ class HostMachine:
         self._set: dict[NodeId, Mapping[LinkName, str]] = {}
         self._known_at_start = dict(primaries)
         self._founds = founds
+        self._max_primaries = max_primaries
         self._review_ns = 0
         self._change_open = False
 
@@ -209,7 +211,8 @@ class HostMachine:
         contacts = {node: self._contact(node, now_ns) for node in sorted({*self._peers, *configuration.nodes} - {self._node})}
         registered = [NodeId(f"aam@{name}") for name in sorted(self.aam.inventory.hosts)]
         change = next_change(
-            configuration, leader=self._node, registered=registered, contacts=contacts, replace_after_ns=REPLACE_AFTER_NS
+            configuration, leader=self._node, registered=registered, contacts=contacts, replace_after_ns=REPLACE_AFTER_NS,
+            max_voters=self._max_primaries,
         )  # fmt: skip
         heir = next_leader(configuration, leader=self._node, registered=registered, contacts=contacts)
         if change is None and heir is None:

@@ -286,7 +286,9 @@ class HostAgent:
         return RunState.STARTING if run.state is RunState.ASSIGNED else None
 
     def _grace(self, run: Run) -> int:
-        return run.grace_ns if run.grace_ns >= 0 else run.shutdown_ns
+        vm = self.inventory.vms.get(run.vm)
+        stop_ns = vm.stop_ns if vm is not None and vm.stop_ns >= 0 else run.shutdown_ns
+        return run.grace_ns if run.grace_ns >= 0 else stop_ns
 
     def _end_what_moved_on(self, name: VmName, report: GuardReport, now_ns: int) -> None:
         """A run that the records have left behind: it must not go on here."""

@@ -304,6 +304,9 @@ class Vm(Record):
     """Preferred for the first start; empty: anywhere."""
     outlives: bool = False
     """Its driver's VMs survive killed agents, and nothing else ends them: unfenced."""
+    stop_ns: int = -1
+    """How long an ordered stop may take (by an administrator, for a move or a maintenance); -1: ``shutdown_ns``. Nobody's
+    lease waits for it, so a failover does not either."""
 
     @property
     def key_name(self) -> str:

@@ -137,6 +137,21 @@ def test_a_recalled_run_is_stopped_within_its_time() -> None:
     assert [type(effect) for effect in host.guard(host.report("stopping", 4), complete=False)] == [Propose]
 
 
+@pytest.mark.parametrize(("stop_ns", "grace_ns"), [(-1, 7), (0, 0), (90, 90)])
+def test_an_ordered_stop_may_take_another_time_than_the_one_at_the_deadline(stop_ns: int, grace_ns: int) -> None:
+    """Found by a scenario: what a move may take for an orderly shutdown made every failover wait as long."""
+    host = Host()
+    host.log.add_vm("vm", shutdown_ns=7, stop_ns=stop_ns)
+    token = host.log.assign("vm", "h1")
+    host.see()
+    host.guard(host.report("running"))
+    host.log.done(c.Recall(VmName("vm"), token, "a move", "h2"))
+
+    stop = next(effect for effect in host.see() if isinstance(effect, StopVm))
+
+    assert stop.grace_ns == grace_ns
+
+
 def test_a_recalled_run_that_never_began_is_declined() -> None:
     host = Host()
     host.log.add_vm("vm")
