@@ -12,5 +12,6 @@ renewal       datagrams between guard and active primary     control       guard
 rules         leases and VMs, decided without I/O            watch         hang verdicts and restarts of processes, without I/O
 mapping       the file of one run: deadline, identity        kernel_timer  the timer that kills, prctl, unshare
 shim          the parent of one VM                           processes     pidfds, identities, launching
-primaries     where the renewals go                          loop          the selectors loop that joins all of it
+primaries     where the renewals go                          key           the cluster key, read anew when it changes
+links         the sockets that they leave by                 loop          the selectors loop that joins all of it
 """

@@ -9,42 +9,46 @@ import selectors
 import socket
 from collections.abc import Callable
 
+from ha_core.guard.key import KeyFile, WatchedFile
 from ha_core.guard.primaries import FILE_NAME, decode_primaries, split_address
-from ha_core.guard.renewal import MAX_PACKET_BYTES, Renewal, RenewalAnswer, RenewalCodec, RenewalError
+from ha_core.guard.renewal import MAX_PACKET_BYTES, Renewal, RenewalAnswer, RenewalError
 
 _PACKETS_A_TURN = 64
+_PRIMARIES_BYTES = 65_536
 
 
 class Links:
     def __init__(
-        self, run_dir: str, links: dict[str, str], codec: RenewalCodec | Callable[[], RenewalCodec | None],
-        selector: selectors.BaseSelector, receive: Callable[[RenewalAnswer], None], log: Callable[[str], None],
+        self, run_dir: str, links: dict[str, str], key: KeyFile, selector: selectors.BaseSelector,
+        receive: Callable[[RenewalAnswer], None], rejoined: Callable[[], None], log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """``receive`` is called with each authentic answer. ``codec``: or where to look for one, until the host has joined."""
-        self._path = os.path.join(run_dir, FILE_NAME)
+        """``receive`` is called with each authentic answer, ``rejoined`` when there is another key: no renewal under the old
+        lease is sent with it."""
+        self._file = WatchedFile(os.path.join(run_dir, FILE_NAME), _PRIMARIES_BYTES)
         self._links = links
-        self._codec: RenewalCodec | None = None if callable(codec) else codec
-        self._find_codec: Callable[[], RenewalCodec | None] = codec if callable(codec) else lambda: None
+        self._key = key
         self._selector = selector
         self._receive = receive
+        self._rejoined = rejoined
         self._log = log
         self._sockets: dict[str, socket.socket] = {}
-        self._signature: tuple[int, int, int] | None = None
         self._primaries: set[tuple[str, str]] = set()
         self._complained: set[str] = set()
         self.refused = 0
 
     def send(self, renewal: Renewal, hints: tuple[tuple[str, str], ...]) -> None:
-        """One copy to every primary on every link that we share with it; a link that cannot send is left for the next time."""
-        self._reload()
-        if self._codec is None:
-            try:
-                self._codec = self._find_codec()
-            except ValueError as exc:  # the key was written wrongly: that may be mended
-                self._complain(str(exc))
-            if self._codec is None:
+        """One copy to every primary on every link that we share with it; a link that cannot send is left for the next time.
+        Without a key, or without the file of primaries, the host belongs to no cluster: then nobody is asked."""
+        member = self._reload()
+        try:
+            if self._key.reload():
+                self._rejoined()
                 return
-        packet = self._codec.encode_renewal(renewal)
+        except ValueError as exc:  # the key was written wrongly: that may be mended
+            self._complain(str(exc))
+        if self._key.codec is None or not member:
+            return
+        packet = self._key.codec.encode_renewal(renewal)
         for link in self._links:
             opened = self._sockets.get(link) or self._open(link)
             if opened is None:
@@ -93,30 +97,27 @@ class Links:
                 return
             except OSError:
                 continue
-            if self._codec is None:
+            if self._key.codec is None:
                 continue
             try:
-                answer = self._codec.decode_answer(packet)
+                answer = self._key.codec.decode_answer(packet)
             except RenewalError:
                 self.refused += 1
                 continue
             self._receive(answer)
 
-    def _reload(self) -> None:
+    def _reload(self) -> bool:
+        """False if there is no file of primaries."""
         try:
-            stat = os.stat(self._path)
-            signature = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-            if signature == self._signature:
-                return
-            with open(self._path, "rb") as file:
-                primaries = decode_primaries(file.read(65_536))
+            data = self._file.read_changed()
+            if data is not None:
+                primaries = decode_primaries(data)
+                self._primaries = {(link, address) for links in primaries.values() for link, address in links.items()}
         except FileNotFoundError:
-            return
+            return False
         except (OSError, ValueError) as exc:
-            self._complain(f"{self._path}: {exc}")
-            return
-        self._signature = signature
-        self._primaries = {(link, address) for links in primaries.values() for link, address in links.items()}
+            self._complain(f"{self._file.path}: {exc}")
+        return True
 
     def _complain(self, text: str) -> None:
         """Each complaint once: renewals come several times a second."""

@@ -28,9 +28,9 @@ from ha_core.guard.control import (
     SubscribeRequest,
 )
 from ha_core.guard.kernel_timer import now_ns
+from ha_core.guard.key import KeyFile
 from ha_core.guard.links import Links
 from ha_core.guard.processes import boot_id, lock_holder, open_lock, protect_process, take_lock
-from ha_core.guard.renewal import KEY_BYTES, RenewalCodec
 from ha_core.guard.rules import (
     NEVER,
     Answered,
@@ -39,10 +39,12 @@ from ha_core.guard.rules import (
     EndAsked,
     Ended,
     Event,
+    ForgetRun,
     GuardRules,
     KeepTombstone,
     KillRun,
     Noted,
+    Rejoined,
     Replied,
     Reported,
     SendRenewal,
@@ -52,7 +54,7 @@ from ha_core.guard.rules import (
 )
 from ha_core.guard.runs import RunKeeper
 from ha_core.guard.server import ControlServer
-from ha_core.guard.settings import Settings, SettingsError
+from ha_core.guard.settings import Settings
 
 RESTART_FILE = "guard.json"
 _LOCK_WAIT_S = 2.0
@@ -69,7 +71,8 @@ class Guard:
     def __init__(self, settings: Settings, nice_before: int) -> None:
         """Raises SettingsError, AnotherGuardError, OSError: one line each, nothing was started."""
         self._settings = settings
-        codec = _codec(settings)
+        key = KeyFile(settings.key_file, settings.cluster)
+        key.reload()
         os.makedirs(settings.run_dir, mode=0o700, exist_ok=True)
         os.makedirs(settings.log_dir, exist_ok=True)
         protect_process(settings.nice, nice_before)
@@ -92,8 +95,8 @@ class Guard:
             now_ns=now_ns(), fresh=fresh,
         )  # fmt: skip
         self._links = Links(
-            settings.run_dir, settings.links, codec or (lambda: _codec(settings)), self._selector,
-            lambda answer: self._tell(Answered(answer)), self._log,
+            settings.run_dir, settings.links, key, self._selector, lambda answer: self._tell(Answered(answer)),
+            lambda: self._tell(Rejoined()), self._log,
         )  # fmt: skip
         self._server = ControlServer(settings.run_dir, self._selector, self._request, self._rules.reports)
         self._agents = AgentKeeper(settings, self._selector, self._log)
@@ -176,6 +179,8 @@ class Guard:
                 self._runs.kill(effect)
             case KeepTombstone():
                 self._runs.bury(effect)
+            case ForgetRun(vm):
+                self._runs.forget(vm)
             case Replied(request, reply):
                 self._replies[request] = reply
             case Reported(report):
@@ -250,21 +255,6 @@ class Guard:
             sys.stderr.flush()
         except OSError:
             pass
-
-
-def _codec(settings: Settings) -> RenewalCodec | None:
-    """None while there is no key: the host has joined no cluster yet."""
-    path = settings.key_file
-    try:
-        with open(path, "rb") as file:
-            key = file.read(KEY_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise SettingsError(f"{path}: cannot read the cluster key: {exc.strerror}") from None
-    if len(key) != KEY_BYTES:
-        raise SettingsError(f"{path}: expected a cluster key of {KEY_BYTES} bytes")
-    return RenewalCodec(settings.cluster, key)
 
 
 def _wait_for_lock(run_dir: str) -> int:

@@ -11,6 +11,8 @@ Rules (numbers from the lease rules of docs/architecture.md):
 * A run in state stopped or failed is evidence: reaped, and this fencing token will never be started. It is kept as a tombstone.
 * A lease without a deadline (disarmed) writes ``NEVER``.
 * Found revoked, runs are killed at once: their copies may already be on their way elsewhere.
+* Another cluster counts its tokens anew: after joining one, what is reaped is forgotten, and what still lives keeps the
+  deadline that it has.
 """
 
 from __future__ import annotations
@@ -115,7 +117,12 @@ class EndAsked:
     stop_vms: bool
 
 
-Event: TypeAlias = Answered | Asked | RunFound | RunUp | RunGone | EndAsked
+@dataclass(frozen=True, slots=True)
+class Rejoined:
+    """There is another cluster key: the host has joined another cluster, or its first one."""
+
+
+Event: TypeAlias = Answered | Asked | RunFound | RunUp | RunGone | EndAsked | Rejoined
 
 # -- asked for --
 
@@ -171,6 +178,13 @@ class KeepTombstone:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetRun:
+    """A reaped run, or the tombstone of one, of a cluster that this host has left."""
+
+    vm: str
+
+
+@dataclass(frozen=True, slots=True)
 class Replied:
     request: int
     reply: Reply
@@ -193,7 +207,9 @@ class Ended:
     """The orderly end is reached: nothing is left that this guard must wait for."""
 
 
-Effect: TypeAlias = SendRenewal | WriteRun | StartRun | StopRun | KillRun | KeepTombstone | Replied | Reported | Noted | Ended
+Effect: TypeAlias = (
+    SendRenewal | WriteRun | StartRun | StopRun | KillRun | KeepTombstone | ForgetRun | Replied | Reported | Noted | Ended
+)
 
 
 class GuardRules:
@@ -251,6 +267,8 @@ class GuardRules:
                     self._gone(event, now_ns)
                 case EndAsked(stop_vms):
                     self._end(stop_vms, now_ns)
+                case Rejoined():
+                    self._rejoin(now_ns)
 
     def handle_timer(self, now_ns: int) -> None:
         self._expire(now_ns)
@@ -297,15 +315,15 @@ class GuardRules:
     def _expire(self, now_ns: int) -> None:
         if self.lease_token and now_ns >= self.deadline_ns:
             self._effects.append(Noted(f"lease {self.lease_token} expired: no primary confirmed it in time"))
-            self._lose_lease(now_ns, kill=False)
+            self._lose_lease(now_ns, "lease expired", kill=False)
 
-    def _lose_lease(self, now_ns: int, *, kill: bool) -> None:
+    def _lose_lease(self, now_ns: int, text: str, *, kill: bool) -> None:
         lost, self.lease_token, self.deadline_ns = self.lease_token, 0, 0
         self._pending.clear()
         self._next_renewal_ns = now_ns
         for run in self._live():
             if run.lease_token == lost:
-                self._lose_run(run, now_ns, "lease revoked" if kill else "lease expired", kill=kill)
+                self._lose_run(run, now_ns, text, kill=kill)
 
     def _lose_run(self, run: Run, now_ns: int, text: str, *, kill: bool) -> None:
         run.lost = True
@@ -314,6 +332,17 @@ class GuardRules:
             self._effects.append(KillRun(run.vm, run.token))
         if run.state is not RunState.STOPPING:
             self._enter(run, RunState.STOPPING, now_ns)
+
+    def _rejoin(self, now_ns: int) -> None:
+        self._effects.append(Noted("there is another cluster key: a lease is asked for anew"))
+        self._lose_lease(now_ns, left := "its host has left the cluster", kill=False)
+        self.hints = ()
+        for run in self._live():
+            if not run.lost:
+                self._lose_run(run, now_ns, left, kill=False)
+        for vm in [vm for vm, run in self.runs.items() if run.state.reaped]:
+            del self.runs[vm]
+            self._effects.append(ForgetRun(vm))
 
     def _answered(self, answer: RenewalAnswer, now_ns: int) -> None:
         sent = self._pending.get(answer.number) if answer.instance == self.instance else None
@@ -328,7 +357,7 @@ class GuardRules:
             self._confirmed(answer, created_ns, now_ns)
         elif answer.status is Status.REVOKED and answer.lease_token == asked_token == self.lease_token != 0:
             self._effects.append(Noted(f"lease {self.lease_token} was revoked"))
-            self._lose_lease(now_ns, kill=True)
+            self._lose_lease(now_ns, "lease revoked", kill=True)
         elif answer.status is Status.REFUSED:
             self._effects.append(Noted("the active primary refuses this host a lease"))
 

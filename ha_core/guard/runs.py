@@ -210,6 +210,12 @@ class RunKeeper:
         self._replace_file(effect.vm, mapping.path)
         mapping.close()
 
+    def forget(self, vm: str) -> None:
+        """A reaped run, and its tombstone."""
+        path = self._files.pop(vm, None)
+        if path is not None:
+            os.unlink(path)
+
     # -- watching --
 
     def next_tick_ns(self, now: int) -> int | None:

@@ -15,10 +15,12 @@ from ha_core.guard.rules import (
     EndAsked,
     Ended,
     Event,
+    ForgetRun,
     GuardRules,
     KeepTombstone,
     KillRun,
     Noted,
+    Rejoined,
     Replied,
     Reported,
     RunFound,
@@ -221,6 +223,49 @@ def test_the_host_asks_at_the_very_instant_of_expiry() -> None:
 
     assert sent[-1].renewal.created_ns == deadline
     assert sent[-1].renewal.lease_token == 0
+
+
+def test_another_cluster_is_asked_for_a_grant_at_once_whatever_its_tokens() -> None:
+    host = Host().granted(70)
+
+    host.tell(Rejoined())
+
+    assert host.rules.next_timer() == host.now
+    assert host.renewal().lease_token == 0
+    assert host.granted(3).rules.holds_lease(host.now)
+
+
+def test_what_a_left_cluster_ran_dies_at_its_deadline_and_is_never_extended() -> None:
+    host = Host().granted(70).running("web", 900)
+    deadline_ns = host.rules.runs["web"].deadline_ns
+
+    effects = host.tell(Rejoined())
+    host.granted(80)
+
+    assert not of(effects, KillRun)
+    assert host.rules.runs["web"].deadline_ns == deadline_ns
+    assert host.start("web", 901).error == "not-reaped"
+
+
+def test_what_was_reaped_in_a_left_cluster_stands_in_nobodys_way() -> None:
+    host = Host().granted(70).running("web", 900)
+    host.tell(RunGone("web", 900, 0, "ended"))
+    assert host.start("web", 20).error == "stale-token"
+
+    effects = host.tell(Rejoined())
+
+    assert of(effects, ForgetRun) == [ForgetRun("web")]
+    assert not host.granted(3).start("web", 20).error
+
+
+def test_an_answer_of_the_left_cluster_gives_no_lease_in_the_new_one() -> None:
+    host = Host()
+    asked = host.renewal()
+    host.tell(Rejoined())
+
+    host.answer(asked, 70)
+
+    assert host.rules.lease_token == 0
 
 
 def test_changed_terms_under_one_token_are_ignored() -> None:

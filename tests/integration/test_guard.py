@@ -22,7 +22,7 @@ from ha_core.guard.primaries import write_primaries
 from ha_core.guard.processes import Process, boot_id, lock_holder
 from ha_core.guard.runs import living_processes
 from tests.integration import hang
-from tests.integration.guard_world import GUARD, LEASE_S, MARGIN_S, WITNESS, World, now_ns, usable_python
+from tests.integration.guard_world import GUARD, KEY, LEASE_S, MARGIN_S, WITNESS, World, now_ns, usable_python
 
 pytestmark = pytest.mark.integration
 
@@ -227,6 +227,24 @@ def test_a_revoked_lease_ends_its_vms_before_their_deadline() -> None:
 
         run = world.wait_until(lambda: run if (run := world.run("a")) and run.state == "stopped" else None)
         assert "revoked" in run.text
+
+
+def test_a_host_that_joins_another_cluster_gets_its_lease_without_a_new_guard() -> None:
+    with World() as world:
+        guard = world.start_guard()
+        world.start_vm("a", 1000)
+        world.ask(StopRequest("a", 1000, 0.0))
+        world.wait_until(lambda: (run := world.run("a")) and run.state == "stopped")
+        other = bytes(reversed(KEY))
+
+        world.leader.join(other)
+        Path(f"{world.dir}/key").unlink()
+        Path(f"{world.dir}/key").write_bytes(other)
+        world.wait_until(lambda: (status := world.status()) and status.lease_token == world.leader.token == 10)
+        run = world.start_vm("a", 20)
+
+        assert (run.token, run.lease) == (20, 10)
+        assert guard.poll() is None
 
 
 def test_disarmed_vms_outlive_a_silent_cluster_and_a_dead_guard_and_are_armed_again() -> None:
