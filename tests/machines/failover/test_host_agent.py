@@ -145,7 +145,7 @@ def test_an_ordered_stop_may_take_another_time_than_the_one_at_the_deadline(stop
     token = host.log.assign("vm", "h1")
     host.see()
     host.guard(host.report("running"))
-    host.log.done(c.Recall(VmName("vm"), token, "a move", "h2"))
+    host.log.done(c.Recall(VmName("vm"), FencingToken(token), "a move", "h2"))
 
     stop = next(effect for effect in host.see() if isinstance(effect, StopVm))
 

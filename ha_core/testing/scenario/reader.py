@@ -1,8 +1,4 @@
-"""Scenario files: a cluster, what befalls it, and what is expected, as TOML. This module reads and checks them.
-
-Every mistake is a ScenarioError with the file, the line and what was expected. The steps are the table ``STEPS``: words in lower
-case stand for themselves, ``a|b`` for either, words in capitals for a name or a number.
-"""
+"""Reads and checks scenario files. Every mistake is a ScenarioError with the file, the line and what was expected."""
 
 from __future__ import annotations
 
@@ -11,151 +7,13 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import attrs
 
 from ha_core.config import LAN, PROFILES, Profile
-from ha_core.errors import ConfigError
-
-STEPS: Sequence[str] = (
-    "power HOST on|off",
-    "network HOST on|off",
-    "network HOST loss|duplicate|reorder SHARE",
-    "network HOST delay|jitter SECONDS",
-    "network HOST clear",
-    "path HOST PATH on|off",
-    "path HOST PATH in|out off",
-    "link HOST HOST on|off",
-    "link HOST -> HOST on|off",
-    "agent HOST aam|vpxa|guard|all kill|stop|continue",
-    "freeze HOST SECONDS",
-    "disk HOST slow SECONDS",
-    "disk HOST full|fail|lose|ok",
-    "clock HOST jump|rate NUMBER",
-    "fence HOST ok|fail",
-    "fence HOST slow SECONDS",
-    "shutdown HOST",
-    "reboot HOST",
-    "maintenance HOST on|off",
-    "host HOST add|remove",
-    "vm VM start|stop|ignore|add|remove",
-    "vm VM stop after SECONDS",
-    "vm VM migrate|relocate|moved HOST",
-    "vm VM load AMOUNT AMOUNT",
-    "disarm freeze|ignore",
-    "arm",
-    "crash-vm VM",
-    "isolation-address HOST on|off",
-    "center on|off",
-    "storage HOST on|off",
-)
-
-
-class ScenarioError(ConfigError):
-    """A scenario file is faulty; the text names file, line and what is wrong."""
-
-
-@attrs.frozen
-class Step:
-    """``words`` is the step as written, word by word; numbers are parsed where they are used."""
-
-    number: int
-    """1, 2, ... in the order of the file."""
-    at_s: float
-    line: int
-    words: Sequence[str]
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words)
-
-
-@attrs.frozen(kw_only=True)
-class HostSpec:
-    name: str
-    line: int
-    power: bool = False
-    paths: int = 2
-    cpu_mhz: int = 8000
-    memory_mib: int = 16384
-    store: str = "sqlite"
-
-
-@attrs.frozen(kw_only=True)
-class VmSpec:
-    name: str
-    line: int
-    host: str = ""
-    state: str = "started"
-    priority: str = "medium"
-    after: Sequence[str] = ()
-    cpu_mhz: int = 500
-    memory_mib: int = 512
-    fail_start: int = 0
-    fail_start_on: Mapping[str, int] = attrs.field(factory=dict)
-    """Host -> how many starts fail there; -1: always."""
-    fail_stop: int = 0
-    fail_migrate: int = 0
-    max_restart: int = 1
-    max_relocate: int = 1
-    failback: bool = True
-    shutdown_s: float = 5.0
-    start_s: float = 1.0
-    safety: str = "lease"
-
-
-@attrs.frozen(kw_only=True)
-class RuleSpec:
-    line: int
-    kind: str
-    vms: Sequence[str]
-    hosts: Mapping[str, int] = attrs.field(factory=dict)
-
-
-@attrs.frozen(kw_only=True)
-class Expect:
-    """What must hold, ``at_s`` seconds into play or at the end; None: not asked for."""
-
-    line: int
-    at_s: float
-    after_step: int = 0
-    vm: str = ""
-    host: str | None = None
-    within_s: float | None = None
-    not_on: Sequence[str] = ()
-    state: str | None = None
-    undisturbed: bool | None = None
-    order: Sequence[str] = ()
-    overlaps: int | None = None
-    fenced: Sequence[str] | None = None
-    leader: str | None = None
-    messages_lost: int | None = None
-    rules: bool | None = None
-    host_state: Mapping[str, str] = attrs.field(factory=dict)
-
-
-@attrs.frozen(kw_only=True)
-class Scenario:
-    path: str
-    title: str
-    profile: Profile
-    until_s: float
-    voters: int
-    witness: bool
-    leader: str
-    formed: bool
-    admission: tuple[str, int, Sequence[str]]
-    """Policy, tolerate, failover hosts."""
-    retries_s: Sequence[float]
-    fencing: str
-    shutdown: str
-    messages_per_s: float
-    hosts: Sequence[HostSpec]
-    vms: Sequence[VmSpec]
-    rules: Sequence[RuleSpec]
-    steps: Sequence[Step]
-    expects: Sequence[Expect]
+from ha_core.testing.scenario.lines import Lines
+from ha_core.testing.scenario.model import STEPS, Expect, HostSpec, RuleSpec, Scenario, ScenarioError, Step, VmSpec
+from ha_core.testing.scenario.tables import T, Table
 
 
 def load_scenario(path: Path | str) -> Scenario:
@@ -182,125 +40,20 @@ def parse_scenario(text: str, path: str = "scenario") -> Scenario:
         line = found.group(1) if found else str(text.count("\n") + 1)
         reason = str(exc).partition(" (at ")[0]
         raise ScenarioError(f"{path}:{line}: no TOML: {reason}", field="", value=path) from exc
-    return _Reader(path, _Lines(text), data).scenario()
-
-
-class _Lines:
-    """Where each table and key of a TOML text stands."""
-
-    _TABLE = re.compile(r"\s*(\[\[?)\s*([\w.\"-]+)\s*\]\]?\s*(#.*)?$")
-    _KEY = re.compile(r"\s*([\w\"-]+)\s*=")
-
-    def __init__(self, text: str) -> None:
-        self._lines: dict[tuple[str, int, str], int] = {}
-        counts: dict[str, int] = {}
-        table, number = "", 0
-        for line, content in enumerate(text.splitlines(), 1):
-            if found := self._TABLE.match(content):
-                table = found.group(2)
-                number = counts.get(table, 0)
-                counts[table] = number + 1
-                self._lines[table, number, ""] = line
-            elif found := self._KEY.match(content):
-                self._lines.setdefault((table, number, found.group(1).strip('"')), line)
-
-    def of(self, table: str, number: int = 0, key: str = "") -> int:
-        """The line of a key; that of its table if the key is not there; 1 if neither is."""
-        inline = self._lines.get(("", 0, table), 1)
-        return self._lines.get((table, number, key)) or self._lines.get((table, number, "")) or inline
-
-
-T = TypeVar("T")
-_SHOWN = {str: "a string", bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "a table"}
-
-
-@attrs.define
-class _Table:
-    """One table being read: each key is taken once, and what nobody takes is unknown."""
-
-    reader: _Reader
-    name: str
-    number: int
-    values: dict[str, object]
-    inside: str = ""
-    """The key of the table ``name`` that holds this one in its line."""
-
-    def fail(self, key: str, text: str) -> ScenarioError:
-        line = self.reader.lines.of(self.name, self.number, self.inside or key)
-        return ScenarioError(
-            f"{self.reader.path}:{line}: {text}", field=f"{self.name}.{key}".strip("."), value=self.values.get(key)
-        )
-
-    @property
-    def line(self) -> int:
-        return self.reader.lines.of(self.name, self.number)
-
-    def take(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """Raises ScenarioError: missing without a default, or of another kind."""
-        if key not in self.values:
-            if default is None:
-                raise self.fail(key, f"{self.title}: {key} is missing, expected {_SHOWN[kind]}")
-            return default
-        value = self.values.pop(key)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            self.values[key] = value
-            raise self.fail(key, f"{self.title}: {key} = {value!r}, expected {_SHOWN[kind]}")
-        return value
-
-    def choice(self, key: str, allowed: Sequence[str], default: str | None = None) -> str:
-        value = self.take(key, str, default)
-        if value not in allowed:
-            raise self.fail(key, f"{self.title}: {key} = {value!r}, expected one of {', '.join(allowed)}")
-        return value
-
-    def count(self, key: str, default: int, least: int = 0) -> int:
-        value = self.take(key, int, default)
-        if value < least:
-            raise self.fail(key, f"{self.title}: {key} = {value}, expected at least {least}")
-        return value
-
-    def seconds(self, key: str, default: float | None = None) -> float:
-        value = self.take(key, float, default)
-        if not 0 <= value < 1e9:
-            raise self.fail(key, f"{self.title}: {key} = {value}, expected seconds, at least 0")
-        return value
-
-    def names(self, key: str, known: Mapping[str, object], what: str) -> Sequence[str]:
-        """A name or a list of names, each known."""
-        value = self.values.pop(key, [])
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise self.fail(key, f"{self.title}: {key} = {value!r}, expected a list of names")
-        for name in names:
-            self.known(key, name, known, what)
-        return tuple(names)
-
-    def known(self, key: str, name: str, known: Mapping[str, object], what: str) -> None:
-        if name not in known:
-            raise self.fail(key, f"{self.title}: there is no {what} {name!r}, expected one of {', '.join(known) or 'none'}")
-
-    def end(self) -> None:
-        for key in self.values:
-            raise self.fail(key, f"{self.title}: unknown key {key!r}")
-
-    @property
-    def title(self) -> str:
-        return f"[{self.name}]" if self.name else "the scenario"
+    return _Reader(path, Lines(text), data).scenario()
 
 
 @attrs.define
 class _Reader:
     path: str
-    lines: _Lines
+    lines: Lines
     data: dict[str, object]
     hosts: dict[str, HostSpec] = attrs.field(factory=dict)
     vms: dict[str, VmSpec] = attrs.field(factory=dict)
 
     def scenario(self) -> Scenario:
         parts = {key: self.data.pop(key, None) for key in ("cluster", "host", "vm", "rule", "step", "expect", "profile")}
-        head = _Table(self, "", 0, self.data)
+        head = Table(self, "", 0, self.data)
         title, until_s = head.take("title", str, ""), head.seconds("until")
         if until_s <= 0:
             raise head.fail("until", "the scenario: until = 0, expected seconds, more than 0")
@@ -320,23 +73,23 @@ class _Reader:
             raise head.fail("cluster", "[cluster] must be a table")
         profile = self._profile(head, parts["profile"])
         head.end()
-        return self._cluster(_Table(self, "cluster", 0, cluster), title, until_s, profile, rules, steps, expects)
+        return self._cluster(Table(self, "cluster", 0, cluster), title, until_s, profile, rules, steps, expects)
 
-    def _tables(self, name: str, parts: Mapping[str, object]) -> Iterator[_Table]:
+    def _tables(self, name: str, parts: Mapping[str, object]) -> Iterator[Table]:
         found = parts[name] if parts[name] is not None else []
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
             raise ScenarioError(f"{self.path}:{self.lines.of(name)}: {name}: expected [[{name}]] tables", field=name)
         for number, values in enumerate(found):
-            yield _Table(self, name, number, values)
+            yield Table(self, name, number, values)
 
-    def _add(self, into: dict[str, T], table: _Table, spec: T) -> None:
+    def _add(self, into: dict[str, T], table: Table, spec: T) -> None:
         name = getattr(spec, "name")  # noqa: B009  # both kinds have one
         if name in into:
             raise table.fail("name", f"[{table.name}]: there are two of the name {name!r}")
         into[name] = spec
         table.end()
 
-    def _profile(self, head: _Table, value: object) -> Profile:
+    def _profile(self, head: Table, value: object) -> Profile:
         if value is None:
             return LAN
         if isinstance(value, str) and value in PROFILES:
@@ -352,13 +105,13 @@ class _Reader:
             "profile", f"the scenario: profile = {value!r}, expected one of {', '.join(PROFILES)} or a table of timings"
         )
 
-    def _name(self, table: _Table) -> str:
+    def _name(self, table: Table) -> str:
         name = table.take("name", str)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise table.fail("name", f"{table.title}: name = {name!r}, expected letters, digits, '.', '-' and '_'")
         return name
 
-    def _host(self, table: _Table) -> HostSpec:
+    def _host(self, table: Table) -> HostSpec:
         return HostSpec(
             name=self._name(table),
             line=table.line,
@@ -369,7 +122,7 @@ class _Reader:
             store=table.choice("store", ("sqlite", "flash"), "sqlite"),
         )
 
-    def _vm(self, table: _Table, vms: Mapping[str, object]) -> VmSpec:
+    def _vm(self, table: Table, vms: Mapping[str, object]) -> VmSpec:
         host = table.take("host", str, "")
         if host:
             table.known("host", host, self.hosts, "host")
@@ -394,12 +147,12 @@ class _Reader:
             safety=table.choice("safety", ("lease", "fence"), "lease"),
         )
 
-    def _fail_start_on(self, table: _Table) -> Mapping[str, int]:
+    def _fail_start_on(self, table: Table) -> Mapping[str, int]:
         if isinstance(table.values.get("fail_start_on"), dict):
             return self._weights(table, "fail_start_on")
         return dict.fromkeys(table.names("fail_start_on", self.hosts, "host"), -1)
 
-    def _weights(self, table: _Table, key: str) -> Mapping[str, int]:
+    def _weights(self, table: Table, key: str) -> Mapping[str, int]:
         """``{ host = number }``, or a list of hosts."""
         value = table.values.get(key, {})
         if isinstance(value, list):
@@ -411,7 +164,7 @@ class _Reader:
         table.values.pop(key, None)
         return dict(value)
 
-    def _rule(self, table: _Table) -> RuleSpec:
+    def _rule(self, table: Table) -> RuleSpec:
         kind = table.choice("kind", ("together", "apart", "prefer", "require"))
         rule = RuleSpec(
             line=table.line, kind=kind, vms=table.names("vms", self.vms, "VM"), hosts=self._weights(table, "hosts")
@@ -425,7 +178,7 @@ class _Reader:
 
     # -- steps --
 
-    def _step(self, table: _Table, until_s: float) -> Step:
+    def _step(self, table: Table, until_s: float) -> Step:
         at_s, text = table.seconds("at"), table.take("do", str)
         if at_s > until_s:
             raise table.fail("at", f"[step]: at = {at_s:g} is after the end, until = {until_s:g}")
@@ -450,7 +203,7 @@ class _Reader:
         same_length = len(pattern) == len(words)
         return same_length and all(part.isupper() or word in part.split("|") for part, word in zip(pattern, words, strict=True))
 
-    def _check_word(self, table: _Table, text: str, part: str, word: str) -> None:
+    def _check_word(self, table: Table, text: str, part: str, word: str) -> None:
         match part:
             case "HOST":
                 if word not in self.hosts:
@@ -475,7 +228,7 @@ class _Reader:
                 self._number(table, text, word, "a number", lambda number: abs(number) < 1e12)
 
     @staticmethod
-    def _number(table: _Table, text: str, word: str, what: str, good: Callable[[float], bool]) -> None:
+    def _number(table: Table, text: str, word: str, what: str, good: Callable[[float], bool]) -> None:
         try:
             number = float(word)
         except ValueError:
@@ -483,14 +236,14 @@ class _Reader:
         if not good(number):
             raise table.fail("do", f"[step]: {text!r}: {word!r} is not {what}")
 
-    def _check_path(self, table: _Table, text: str, words: Sequence[str]) -> None:
+    def _check_path(self, table: Table, text: str, words: Sequence[str]) -> None:
         paths = self.hosts[words[1]].paths
         if int(words[2]) > paths:
             raise table.fail("do", f"[step]: {text!r}: {words[1]} has only {paths} paths")
 
     # -- expectations --
 
-    def _expect(self, table: _Table, until_s: float, steps: Sequence[Step]) -> Expect:
+    def _expect(self, table: Table, until_s: float, steps: Sequence[Step]) -> Expect:
         after_step = table.count("after_step", 0)
         if after_step > len(steps):
             raise table.fail("after_step", f"[expect]: after_step = {after_step}, but there are only {len(steps)} steps")
@@ -522,7 +275,7 @@ class _Reader:
         table.end()
         return expect
 
-    def _host_states(self, table: _Table) -> Mapping[str, str]:
+    def _host_states(self, table: Table) -> Mapping[str, str]:
         value = table.values.pop("host_state", {})
         if not isinstance(value, dict) or not all(isinstance(state, str) for state in value.values()):
             raise table.fail("host_state", '[expect]: host_state, expected { host = "state" }')
@@ -530,7 +283,7 @@ class _Reader:
             table.known("host_state", name, self.hosts, "host")
         return dict(value)
 
-    def _check_expect(self, table: _Table, expect: Expect) -> None:
+    def _check_expect(self, table: Table, expect: Expect) -> None:
         of_vm = [expect.host, expect.within_s, expect.not_on or None, expect.state, expect.undisturbed]
         if not expect.vm and any(part is not None for part in of_vm):
             raise table.fail("", "[expect]: host, within, not_on, state and undisturbed need a vm")
@@ -547,7 +300,7 @@ class _Reader:
     # -- the cluster --
 
     def _cluster(
-        self, table: _Table, title: str, until_s: float, profile: Profile, rules: Sequence[RuleSpec], steps: Sequence[Step],
+        self, table: Table, title: str, until_s: float, profile: Profile, rules: Sequence[RuleSpec], steps: Sequence[Step],
         expects: Sequence[Expect],
     ) -> Scenario:  # fmt: skip
         leader = table.take("leader", str, "")
@@ -575,14 +328,15 @@ class _Reader:
             rules=tuple(rules),
             steps=tuple(sorted(steps, key=lambda step: step.at_s)),
             expects=tuple(expects),
+            lines=self.lines,
         )
         if scenario.voters > min(5, len(self.hosts)):
             raise table.fail("voters", f"[cluster]: voters = {scenario.voters}, expected at most {min(5, len(self.hosts))}")
         table.end()
         return scenario
 
-    def _admission(self, table: _Table) -> tuple[str, int, Sequence[str]]:
-        inner = _Table(self, "cluster", 0, table.take("admission", dict, {}), inside="admission")
+    def _admission(self, table: Table) -> tuple[str, int, Sequence[str]]:
+        inner = Table(self, "cluster", 0, table.take("admission", dict, {}), inside="admission")
         policy = inner.choice("policy", ("none", "host-failures", "percentage", "failover-hosts"), "none")
         hosts = inner.names("hosts", self.hosts, "host")
         tolerate = inner.count("tolerate", 1 if policy == "host-failures" else 0)
