@@ -225,6 +225,8 @@ class ConnectionTable:
             return
         if connection in peer.contenders:
             peer.contenders.remove(connection)
+            if not peer.contenders:  # the present session stays: nobody is there to replace it
+                peer.contest_end_ns = None
         session = peer.session
         if session is not None and connection.number in session.connections:
             session.leave(connection, now_ns)

@@ -6,7 +6,8 @@ Rules:
   of frames received on it. What we receive proves nothing about our own direction.
 * Round trips are sampled from probes only, each with its own id, less the time that the peer says it spent on it. One that
   took longer than the probe timeout is no sample.
-* A deadline counts from the oldest frame without evidence. Whatever our own loop came late is added to every deadline.
+* A deadline counts from the oldest frame without evidence. What our own loop came late is added to every deadline: the first
+  time in full, then within ``EXCUSE_NS``, or a loop that is late at every step would never see that a path is dead.
 * At the first probe timeout data is copied to a second path; at the second one the path is SUSPECT, but only if another path
   of the same peer gave evidence meanwhile: all of them silent at once means a slow peer, not four broken networks.
 * A path that failed is UP again only after good probes over ``up_after_s``, twice as long with each flap, unless no other
@@ -33,6 +34,8 @@ GRANULARITY_NS = 10 * MILLISECOND_NS
 MAX_TIMEOUT_NS = SECOND_NS
 GRACE_NS = 5 * MILLISECOND_NS
 """Another path's fresh evidence must be so old before it condemns this one: their answers may be read in one batch."""
+EXCUSE_NS = 100 * MILLISECOND_NS
+"""For so long, beyond the first time, our own lag excuses silence between two timeouts."""
 MAX_HOLD_NS = 60 * SECOND_NS
 STABLE_NS = 60 * SECOND_NS
 """A flap is forgiven for each so much time UP."""
@@ -118,6 +121,8 @@ class Liveness:
     first_timeout_ns: int = 0
     condemned: bool = False
     """Another path answered after this one's first timeout; one grace period is left."""
+    excused_ns: int | None = None
+    """By how much our own lag has put the deadline off, beyond the first time; None: not yet, since evidence or a timeout."""
     marks: deque[tuple[int, int]] = attrs.field(factory=deque)
     pings: dict[int, int] = attrs.field(factory=dict)
     next_ping: int = 1
@@ -158,6 +163,7 @@ class Liveness:
             marks.popleft()
         self.timeouts = 0
         self.condemned = False
+        self.excused_ns = None
         self.evidence_ns = now_ns
         self.deadline_ns = marks[0][1] + self._doubt_ns() if marks else None
         return True
@@ -196,11 +202,18 @@ class Liveness:
     def shift(self, lag_ns: int, earliest_ns: int) -> None:
         """Our own loop was late by so much: nothing that was sent before is to blame for it, and no deadline counts before
         ``earliest_ns``, since evidence may be waiting to be read."""
-        self.marks = deque((count, when + lag_ns) for count, when in self.marks)
         self.pings = {number: when + lag_ns for number, when in self.pings.items()}
-        if self.deadline_ns is not None:
-            self.deadline_ns = max(self.deadline_ns + lag_ns, earliest_ns)
-        self.first_timeout_ns += lag_ns
+        if self.deadline_ns is None:
+            return
+        if self.excused_ns is None:
+            self.excused_ns = 0
+            self.first_timeout_ns += lag_ns
+            self.deadline_ns = max(self.deadline_ns, earliest_ns - lag_ns)
+        else:
+            lag_ns = min(lag_ns, EXCUSE_NS - self.excused_ns)
+            self.excused_ns += lag_ns
+        self.deadline_ns += lag_ns
+        self.marks = deque((count, when + lag_ns) for count, when in self.marks)
 
     def timed_out(self, now_ns: int, down_ns: int, other_ns: int) -> str:
         """A probe timeout: "down", "doubt" (the first), "suspect", or "wait"; sets the next deadline.
@@ -212,6 +225,7 @@ class Liveness:
         if self.silent_ns(now_ns) >= down_ns:
             return "down"
         self.timeouts += 1
+        self.excused_ns = None
         timeout = self.timeout_ns()
         verdict = "wait"
         if self.timeouts == 1:

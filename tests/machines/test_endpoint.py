@@ -467,6 +467,32 @@ def test_a_stall_of_ours_longer_than_the_slow_verdict_condemns_nobody() -> None:
     assert len(a.of(m.PathChanged)) == changes
 
 
+def test_a_cut_is_seen_by_a_node_whose_own_loop_is_late_at_every_step() -> None:
+    world = World()
+    a, b = joined(world)
+    c = world.start("h3")
+    world.meet(a, c)
+    world.run(1_000)
+    stream(world, c, a, 1_000)
+    link = active_link(a, b)
+
+    def step() -> None:
+        a.frozen = False
+        a.post()
+        a.frozen = True
+        world.at(world.now_ns + 8 * MS, step)
+
+    step()
+    world.run(100)
+    world.cut(a, b, link)
+    a.send(b, b"x")
+    world.run(400)
+
+    assert b.delivered["c"] == [b"x"]
+    doubted = {(key.peer, key.link) for key, state, _ in a.machine.paths() if state is not UP}
+    assert doubted == {(b.node, link)}
+
+
 def test_a_grant_that_a_reset_swallows_is_repeated_at_once() -> None:
     world = World()
     a, b = joined(world)
@@ -647,6 +673,31 @@ def test_a_clone_of_a_live_node_is_refused_and_the_node_stays() -> None:
     assert "clone" in {code for code, _ in refused(a)}
     assert b.delivered["c"] == [b"hello"]
     assert len(a.of(m.SessionUp)) == 1
+
+
+def test_a_next_life_that_vanished_before_it_was_let_in_changes_nothing() -> None:
+    world = World()
+    a, b = joined(world)
+    a.send(b, b"1")
+    b.send(a, b"1")
+    world.run(50)
+    for link in LINKS:
+        world.cut(a, b, link)
+
+    clone = world.start("h2/clone", counter=2, digest=extend_boots_digest(b.digest, b.boot))
+    clone.name = "h2/clone"  # its links are not cut
+    world.know(clone, a)
+    assert world.run(100, until=lambda: bool(a.machine._lower.peers[b.node].contenders))
+    world.kill(clone)
+    world.run(300)
+    world.heal()
+    world.run(1_000)
+    a.send(b, b"2")
+    b.send(a, b"2")
+    world.run(200)
+
+    assert a.delivered["c"] == b.delivered["c"] == [b"1", b"2"]
+    assert a.of(m.SessionDown) == b.of(m.SessionDown) == []
 
 
 @pytest.mark.parametrize(
