@@ -11,7 +11,7 @@ import attrs
 import trio
 
 from ha_core.center.hosts import Hosts, call_host
-from ha_core.errors import HAError, OperationFailedError, RemoteProtocolError
+from ha_core.errors import CompactedError, HAError, OperationFailedError, RemoteProtocolError
 from ha_core.ids import HostName, VmName
 from ha_core.machines.failover import commands
 from ha_core.machines.failover.commands import Command, Outcome
@@ -81,8 +81,20 @@ class Center:
         return outcome
 
     async def _records(self, kind: type[R]) -> list[R]:
-        answer = await self._hosts.call("cluster.read", prefix=kind.prefix())
-        return [kind.decode(value) for _, value in cast(Sequence[tuple[bytes, bytes]], answer)]
+        """All of a kind, as they were at one revision."""
+        found: list[R] = []
+        after, at = b"", 0
+        while True:
+            try:
+                answer = cast(Answer, await self._hosts.call("cluster.read", prefix=kind.prefix(), after=after, at=at))
+            except CompactedError:  # much has changed since the first page
+                found, after, at = [], b"", 0
+                continue
+            page = cast(Sequence[tuple[bytes, bytes]], answer["records"])
+            found += [kind.decode(value) for _, value in page]
+            if not answer["more"]:
+                return found
+            after, at = page[-1][0], cast(int, answer["revision"])
 
     # -- the cluster --
 

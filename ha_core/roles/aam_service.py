@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import cast
 
 import trio
@@ -12,7 +12,7 @@ from ha_core.config import Config
 from ha_core.errors import RemoteProtocolError, TransportError
 from ha_core.ids import LinkName, NodeId
 from ha_core.machines.aam import RecordsChanged
-from ha_core.machines.database_events import Range
+from ha_core.machines.database_events import DatabaseOutcome, Range
 from ha_core.machines.endpoint import EndpointMachine
 from ha_core.machines.failover.records import PREFIX, plain
 from ha_core.machines.host import HostMachine
@@ -24,7 +24,9 @@ from ha_core.runtime.rpc import Call
 MAX_WATCHERS = 16
 MAX_BACKLOG = 10_000
 """Record changes that a watcher may lag behind; then it is cut off and begins anew."""
-PAGE = 500
+PAGE = 1000
+PIECE_BYTES = 256 << 10
+"""Of records in one frame of the stream."""
 
 
 class _Watcher:
@@ -52,7 +54,7 @@ class AamService:
             case "records.call":
                 return await self._call(call)
             case "records.read":
-                return await self._read(call)
+                return await read_page(self._calls.submit, call)
             case "records.watch":
                 await self._watch(call)
                 return None
@@ -80,23 +82,6 @@ class AamService:
         assert isinstance(outcome, Called)
         return outcome.value
 
-    async def _read(self, call: Call) -> list[tuple[bytes, bytes]]:
-        """All records under a prefix of ours, linearizably."""
-        prefix = call.params.get("prefix")
-        if not isinstance(prefix, bytes) or not prefix.startswith(PREFIX):
-            raise RemoteProtocolError("records.read: prefix: expected one of HA's tables", code="params")
-        found: list[tuple[bytes, bytes]] = []
-        at = 0
-        while True:
-            outcome = await self._calls.submit(Range(prefix, PAGE, found[-1][0] if found else b"", at))
-            if isinstance(outcome, Refused):
-                raise_refusal(outcome)
-            assert isinstance(outcome, Page)
-            found += [(record.key, record.value) for record in outcome.records]
-            at = outcome.revision
-            if not outcome.more:
-                return found
-
     async def _watch(self, call: Call) -> None:
         """What this replica has applied: everything first, then every change; never ends by itself."""
         if len(self._watchers) >= MAX_WATCHERS:
@@ -113,7 +98,7 @@ class AamService:
                     watcher.wake = trio.Event()
                     while watcher.queue:
                         change = watcher.queue.popleft()
-                        for item in _items(change):
+                        for item in pieces(change):
                             await call.send(item)
         finally:
             self._watchers.remove(watcher)
@@ -145,9 +130,34 @@ class AamService:
         }
 
 
-def _items(change: RecordsChanged) -> Sequence[tuple[int, bool, list[tuple[bytes, bytes | None]]]]:
+async def read_page(ask: Callable[[Range], Awaitable[DatabaseOutcome]], call: Call) -> dict[str, object]:
+    """Records under a prefix of ours, linearizably: as many as fit a frame, from the key ``after`` on, as of the revision ``at``
+    that the first page named. ``more``: there are others behind the last one.
+
+    Raises:
+        CompactedError: that revision is no longer there; begin anew.
+    """
+    prefix, after, at = call.params.get("prefix"), call.params.get("after", b""), call.params.get("at", 0)
+    if not isinstance(prefix, bytes) or not prefix.startswith(PREFIX):
+        raise RemoteProtocolError("records.read: prefix: expected one of HA's tables", code="params")
+    if not isinstance(after, bytes) or not isinstance(at, int) or at < 0:
+        raise RemoteProtocolError("records.read: after, at: expected a key and a revision", code="params")
+    outcome = await ask(Range(prefix, PAGE, after, at))
+    if isinstance(outcome, Refused):
+        raise_refusal(outcome)
+    assert isinstance(outcome, Page)
+    records = [(record.key, record.value) for record in outcome.records]
+    return {"records": records, "revision": outcome.revision, "more": outcome.more}
+
+
+def pieces(change: RecordsChanged) -> Iterator[tuple[int, bool, list[tuple[bytes, bytes | None]]]]:
     """A change in pieces that fit a frame; only the first piece of a whole state says that it is one."""
-    pairs = list(change.changes)
-    size = 1000
-    pieces = [pairs[at : at + size] for at in range(0, len(pairs), size)] or [[]]
-    return [(change.index, change.restored and number == 0, piece) for number, piece in enumerate(pieces)]
+    restored, piece, size_bytes = change.restored, list[tuple[bytes, bytes | None]](), 0
+    for key, value in change.changes:
+        record_bytes = len(key) + len(value or b"")
+        if piece and size_bytes + record_bytes > PIECE_BYTES:
+            yield change.index, restored, piece
+            restored, piece, size_bytes = False, [], 0
+        piece.append((key, value))
+        size_bytes += record_bytes
+    yield change.index, restored, piece

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -13,6 +14,7 @@ from ha_core.center import hosts as center_hosts
 from ha_core.center.hosts import Hosts
 from ha_core.center.server import Center
 from ha_core.errors import (
+    CompactedError,
     HAError,
     NotJoinedError,
     NoUsablePathError,
@@ -21,10 +23,12 @@ from ha_core.errors import (
     ProposalDroppedError,
     RemoteProtocolError,
 )
-from ha_core.machines.failover.records import Host, Record
+from ha_core.ids import VmName
+from ha_core.machines.failover.records import Host, Record, Vm
 from ha_core.runtime.rpc import Call, serve_unix
 
 KEY = bytes(range(32))
+PAGE = 100
 
 
 async def nothing(value: object) -> None:
@@ -71,7 +75,10 @@ async def test_when_nobody_answers_everybody_is_named(tmp_path: Path, monkeypatc
 def cluster(records: list[Record]) -> Callable[[Call], object]:
     def answer(call: Call) -> object:
         if call.method == "cluster.read":
-            return [(b"", record.encode()) for record in records if type(record).prefix() == call.params["prefix"]]
+            prefix, after = cast(bytes, call.params["prefix"]), cast(bytes, call.params["after"])
+            found = [(record.key_of(record.key_name), record.encode()) for record in records if type(record).prefix() == prefix]
+            found = sorted(pair for pair in found if pair[0] > after)
+            return {"records": found[:PAGE], "revision": 7, "more": len(found) > PAGE}
         assert call.method == "cluster.call"
         return (False, 0, "the database says no")
 
@@ -107,3 +114,29 @@ async def test_a_host_that_cannot_go_is_kept(tmp_path: Path, name: str, text: st
     async with vpxa(tmp_path / "1", cluster([only])) as one:
         with pytest.raises(OperationFailedError, match=text):
             await Center(key=KEY, vpxas=[one]).handle(Call("host.remove", {"name": name}, nothing))
+
+
+async def test_a_thousand_vms_are_listed_page_by_page(tmp_path: Path) -> None:
+    vms: list[Record] = [Vm(VmName(f"vm{number:04}"), options=(("argv", ("x" * 1000,)),)) for number in range(1000)]
+    async with vpxa(tmp_path / "1", cluster(vms)) as one:
+        rows = cast(list[dict[str, object]], await Center(key=KEY, vpxas=[one]).handle(Call("vm.list", {}, nothing)))
+
+    assert [row["name"] for row in rows] == [f"vm{number:04}" for number in range(1000)]
+
+
+async def test_a_list_whose_first_page_was_compacted_away_begins_anew(tmp_path: Path) -> None:
+    vms: list[Record] = [Vm(VmName(f"vm{number:03}")) for number in range(PAGE + 1)]
+    compactions = 1
+
+    def answer(call: Call) -> object:
+        nonlocal compactions
+        if call.params.get("at") and compactions:
+            compactions -= 1
+            raise CompactedError("revision 7 is compacted", first_index=9)
+        return cluster(vms)(call)
+
+    async with vpxa(tmp_path / "1", answer) as one:
+        rows = cast(list[object], await Center(key=KEY, vpxas=[one]).handle(Call("vm.list", {}, nothing)))
+
+    assert len(rows) == PAGE + 1
+    assert not compactions
