@@ -111,7 +111,10 @@ class TcpTransport:
 
     async def dial(self, remote: str, *, local: str | None = None) -> trio.abc.Stream:
         family, name = await resolve(remote, socket.SOCK_STREAM)
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as exc:  # out of descriptors
+            raise TransportError(f"{remote}: cannot connect: {exc.strerror}") from exc
         try:
             sock.setblocking(False)
             if local is not None:

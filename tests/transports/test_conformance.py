@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
+from contextlib import aclosing
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from ha_core.errors import TransportError
 from ha_core.testing.check_transport import (
@@ -114,3 +119,62 @@ async def test_a_port_in_use_is_one_clear_line() -> None:
         address = TcpTransport().address_of(listener)
         with pytest.raises(TransportError, match=f"{address}: the port is in use by another process"):
             await TcpTransport().listen(address)
+
+
+async def test_dialling_without_a_free_descriptor_is_an_error_of_the_transport() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with await TcpTransport().listen("127.0.0.1:0") as listener:
+        address = TcpTransport().address_of(listener)
+        probe = os.dup(0)
+        os.close(probe)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))
+        try:
+            with pytest.raises(TransportError, match=f"^{address}: cannot connect: [^\n]*$"):
+                await TcpTransport().dial(address)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class SlowResolver(trio.abc.HostnameResolver):
+    """Knows one name, after a while; where numbers are given it is not asked."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s = delay_s
+        self.asked = 0
+
+    async def getaddrinfo(
+        self, host: bytes | None, port: bytes | str | int | None, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
+    ) -> list[Any]:  # each version of typeshed has its own idea of what an address is
+        self.asked += 1
+        await trio.sleep(self.delay_s)
+        if host != b"h1.example":
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return [(socket.AF_INET, socket.SOCK_DGRAM, 0, "", ("127.0.0.1", int(str(port))))]
+
+    async def getnameinfo(self, sockaddr: tuple[str, int] | tuple[str, int, int, int], flags: int) -> tuple[str, str]:
+        raise NotImplementedError
+
+
+async def test_a_datagram_to_a_host_by_name_waits_for_no_resolver(autojump_clock: trio.testing.MockClock) -> None:
+    resolver = SlowResolver(delay_s=20.0)
+    async with (
+        aclosing(await UdpTransport().bind("127.0.0.1:0")) as here,
+        aclosing(await UdpTransport().bind("127.0.0.1:0")) as there,
+    ):
+        port = there.address.rpartition(":")[2]
+        trio.socket.set_custom_hostname_resolver(resolver)
+
+        for number in range(100):
+            here.send_nowait(b"%d" % number, f"h1.example:{port}")
+            here.send_nowait(b"", "nowhere.example:1")
+        await trio.sleep(21.0)
+        here.send_nowait(b"after", f"h1.example:{port}")
+
+        assert [data for data, _ in await there.receive()] == [b"after"]
+        assert resolver.asked == 2
+
+
+async def test_a_datagram_to_what_is_no_address_gets_lost() -> None:
+    async with aclosing(await UdpTransport().bind("127.0.0.1:0")) as one:
+        for remote in ("", "h1", "h1:", ":7400", "127.0.0.1:99999", "127.0.0.1:0"):
+            one.send_nowait(b"x", remote)
