@@ -268,6 +268,7 @@ class TransactionStore:
 
     def _run(self, jobs: list[Job], acked: Mapping[tuple[NodeId, ChannelName], tuple[int, bytes]]) -> None:
         work: deque[list[Job]] = deque([jobs])
+        kept: Mapping[tuple[NodeId, ChannelName], tuple[int, bytes]] = {}
         while work:
             group = work.popleft()
             if self._poison is not None:
@@ -276,15 +277,20 @@ class TransactionStore:
             try:
                 runs = self._attempt(group, acked)
             except _Broken as broken:
-                work.extendleft(reversed(self._after_break(group, broken)))
+                if acked and broken.guilty is None and code_of(broken.cause or broken) == sqlite3.SQLITE_FULL:
+                    # Forgetting needs room, too: whoever only reads, or writes less, must not wait for it.
+                    kept, acked = acked, {}
+                    work.extendleft([group] if group else [])
+                else:
+                    work.extendleft(reversed(self._after_break(group, broken)))
             else:
                 self._group_count += 1
                 requested = frozenset(self._tx.requested)
                 self._post(partial(self._deliver, group, runs, requested, bool(acked)))
                 acked = {}
-        if acked:
+        if acked or kept:
             with self._lock:
-                self._acked = {**acked, **self._acked}
+                self._acked = {**kept, **acked, **self._acked}
 
     def _attempt(self, group: list[Job], acked: Mapping[tuple[NodeId, ChannelName], tuple[int, bytes]]) -> list[OutboxRun]:
         """One transaction with every job of the group.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 import time
@@ -281,6 +282,33 @@ async def test_full_disk_at_the_outbox_is_reported_to_the_sender(tmp_path: Path)
         assert isinstance(results[1], StorageFullError)
         assert await store.transact(numbers) == [1, 2]
         assert store.outbox_bytes == 0
+
+
+async def test_disk_too_full_to_forget_what_was_acknowledged_harms_nobody_else(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.transact(create)
+        await store.transact(lambda tx: [tx.send(PEER, C, b"x" * 40_000) for _ in range(3)])
+    with contextlib.closing(sqlite3.connect(tmp_path / "app.db")) as db:  # a deletion that needs more room than there is
+        db.execute("CREATE TABLE filler (body BLOB)")
+        db.execute("CREATE TRIGGER fill AFTER DELETE ON ha_outbox BEGIN INSERT INTO filler VALUES (zeroblob(900000)); END")
+        db.commit()
+
+    async with opened(tmp_path, max_page_count=80) as store:
+        loaded: list[int] = []
+        done = trio.Event()
+
+        def take(runs: list[OutboxRun]) -> None:
+            loaded.extend(run.first for run in runs)
+            done.set()
+
+        store.acknowledge(PEER, C, 1, b"d" * 16)
+        store.load_outbox(PEER, C, 2, 1 << 20, take)
+        with trio.fail_after(2):
+            await done.wait()
+            store.flush()
+            assert await store.transact(insert, 7) == 7
+        assert loaded == [2, 3]
+        assert store.outbox_bytes > 120_000, "nothing was forgotten yet"
 
 
 async def test_statement_that_runs_too_long_is_interrupted_and_named(tmp_path: Path) -> None:
