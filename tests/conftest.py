@@ -8,6 +8,7 @@ import os
 import random
 import secrets
 from collections.abc import Awaitable, Callable
+from typing import NoReturn
 
 import pytest
 import trio
@@ -63,6 +64,8 @@ def _limited(function: Callable[..., Awaitable[None]]) -> Callable[..., Awaitabl
     return limited
 
 
-def required(what: str) -> bool:
-    """Whether the environment says that tests of ``what`` may not be skipped."""
-    return what in os.environ.get("HA_CORE_REQUIRE", "").split(",")
+def skip_without(what: str, reason: str) -> NoReturn:
+    """Skip this test, because the machine lacks ``what``; if HA_CORE_REQUIRE (a list with commas) names it, fail instead."""
+    if what in os.environ.get("HA_CORE_REQUIRE", "").split(","):
+        pytest.fail(f"HA_CORE_REQUIRE={what}, but: {reason}", pytrace=False)
+    pytest.skip(reason)

@@ -68,13 +68,10 @@ def reason_not_to_hang() -> str:
 
 def skip_unless_possible() -> None:
     """For tests; with ``ptrace`` in HA_CORE_REQUIRE they fail instead."""
-    import pytest
-
-    from tests.conftest import required
+    from tests.conftest import skip_without
 
     if reason := reason_not_to_hang():
-        assert not required("ptrace"), reason
-        pytest.skip(f"processes cannot be hung here: {reason}")
+        skip_without("ptrace", f"processes cannot be hung by ptrace here: {reason}")
 
 
 def ask(path: str, request: str) -> None:

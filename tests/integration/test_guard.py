@@ -21,6 +21,7 @@ from ha_core.guard.mapping import Field, RunPhase, boot_number, create_run
 from ha_core.guard.primaries import write_primaries
 from ha_core.guard.processes import Process, boot_id, lock_holder
 from ha_core.guard.runs import living_processes
+from tests.conftest import skip_without
 from tests.integration import hang
 from tests.integration.guard_world import GUARD, KEY, LEASE_S, MARGIN_S, WITNESS, World, now_ns, usable_python
 
@@ -655,14 +656,17 @@ def test_without_namespaces_a_daemonising_command_is_refused() -> None:
 def test_an_unprivileged_guard_contains_its_vms_as_well(how: str) -> None:
     """As another user (the namespace is made with a user namespace), and as root of a user namespace only."""
     if not probe_pid_namespace():
-        pytest.skip("PID namespaces are not allowed here")
-    if how == "nobody" and (os.geteuid() != 0 or shutil.which("setpriv") is None):
-        pytest.skip("needs root and setpriv")
+        skip_without("pidns", "PID namespaces are not allowed here")
+    if how == "nobody" and os.geteuid() != 0:
+        skip_without("root", "only root can become another user")
+    for tool in ("setpriv", "unshare"):
+        if shutil.which(tool) is None:
+            skip_without("pidns", f"there is no {tool} command (util-linux)")
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     prefix: tuple[str, ...] = nobody if how == "nobody" else ("unshare", "-Urm")
     python = usable_python(prefix)
     if python is None:
-        pytest.skip("no interpreter that can be used so, or user namespaces are not allowed here")
+        skip_without("pidns", f"no Python 3.11 can read this checkout under {' '.join(prefix)}, or that is not allowed here")
     with World(prefix=prefix, python=python) as world:
         if how == "nobody":
             subprocess.run(["chown", "-R", "65534:65534", world.dir], check=True)

@@ -26,6 +26,6 @@ async def test_what_cannot_be_reached_does_not_answer(address: str) -> None:
     assert not await ping(address, 0.05)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="an ICMP echo needs root here")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may send an ICMP echo here")
 async def test_loopback_answers_an_echo() -> None:
     assert await ping("127.0.0.1", 1.0)
