@@ -38,6 +38,14 @@ def pair(*, handler: bool = True) -> tuple[ModelNode, ModelNode, Wire]:
     return one, two, wire
 
 
+def exchanged(count: int) -> tuple[ModelNode, ModelNode, Wire]:
+    """A pair, the first of which has sent so many messages, all of them received and acknowledged."""
+    one, two, wire = pair()
+    one.commit(two.name, C, some(1, count))
+    wire.settle()
+    return one, two, wire
+
+
 def some(first: int, count: int) -> list[bytes]:
     return [b"message %d" % number for number in range(first, first + count)]
 
@@ -69,9 +77,7 @@ def test_nothing_is_sent_before_a_handler_gives_credit() -> None:
 
 
 def test_closed_handler_leaves_the_rest_at_the_sender() -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 5))
-    wire.settle()
+    one, two, wire = exchanged(5)
 
     two.feed(HandlerClosed(C))
     for first in range(6, 20_006, 100):
@@ -177,9 +183,7 @@ def test_batch_in_progress_outlives_the_session() -> None:
 
 @pytest.mark.parametrize("tell", [True, False])
 def test_sender_that_died_before_or_after_hearing_of_its_commit_sends_it(tell: bool) -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 3))
-    wire.settle()
+    one, two, wire = exchanged(3)
 
     one.commit(two.name, C, some(4, 3), tell=tell)
     wire.down()
@@ -356,9 +360,7 @@ def forked(node: ModelNode) -> list[tuple[str, bool]]:
 
 
 def test_restored_sender_is_found_out() -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 10))
-    wire.settle()
+    one, two, wire = exchanged(10)
     old = one.backup()
     one.commit(two.name, C, some(11, 10))
     wire.settle()
@@ -375,9 +377,7 @@ def test_restored_sender_is_found_out() -> None:
 
 
 def test_restored_sender_whose_numbers_caught_up_is_found_out() -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 100))
-    wire.settle()
+    one, two, wire = exchanged(100)
     old = one.backup()
     one.commit(two.name, C, some(101, 20))
     wire.settle()
@@ -395,9 +395,7 @@ def test_restored_sender_whose_numbers_caught_up_is_found_out() -> None:
 
 
 def test_restored_receiver_is_found_out_and_repeats_nothing() -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 10))
-    wire.settle()
+    one, two, wire = exchanged(10)
     old = two.backup()
     one.commit(two.name, C, some(11, 10))
     wire.settle()
@@ -415,9 +413,7 @@ def test_restored_receiver_is_found_out_and_repeats_nothing() -> None:
 
 
 def test_receiver_that_lost_its_store_is_found_out() -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 10))
-    wire.settle()
+    one, two, wire = exchanged(10)
     wire.down()
 
     fresh = ModelNode(two.name, b"fresh store-----")
@@ -445,9 +441,7 @@ def test_sender_that_lost_its_channel_with_its_backup_is_found_out() -> None:
 
 
 def test_fork_is_remembered_over_a_restart() -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 10))
-    wire.settle()
+    one, two, wire = exchanged(10)
     old = one.backup()
     one.commit(two.name, C, some(11, 1))
     wire.settle()
@@ -468,9 +462,7 @@ def test_fork_is_remembered_over_a_restart() -> None:
 
 
 def test_clone_with_another_history_advances_nothing() -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 10))
-    wire.settle()
+    one, two, wire = exchanged(10)
     wire.down()
     clone = ModelNode(one.name)
     clone.disk = one.backup()
@@ -491,9 +483,7 @@ def test_clone_with_another_history_advances_nothing() -> None:
 
 
 def test_second_live_owner_of_a_store_is_not_served() -> None:
-    one, two, wire = pair()
-    one.commit(two.name, C, some(1, 3))
-    wire.settle()
+    one, two, wire = exchanged(3)
     clone = ModelNode("a@h9.example")
     clone.disk = one.backup()
     clone.start()
