@@ -52,7 +52,7 @@ from ha_core.machines.failover.inventory import Inventory
 from ha_core.machines.failover.isolation import Isolation, Verdict
 from ha_core.machines.failover.leases import Answer, LeaseServer, Proposal, Round
 from ha_core.machines.failover.planner import Waiting
-from ha_core.machines.failover.records import PREFIX, Host
+from ha_core.machines.failover.records import PREFIX, Host, Settings
 from ha_core.machines.keyvalue.model import Call, Called
 
 REGISTER_AGAIN_NS: Final = 1_000_000_000
@@ -140,6 +140,7 @@ class AamMachine:
         self._host = host
         self._joins = joins
         self._codec = codec
+        self._profile = profile
         self._timeout_ns = 2 * ns(profile.election_max_s)
         self._round_ns = 4 * ns(profile.renewal_s)
         self._register_ns: int | None = 0
@@ -213,6 +214,17 @@ class AamMachine:
     def waiting(self) -> Sequence[Waiting]:
         """VMs that cannot start or move now, and why; on the active primary only."""
         return self._coordinator.waiting
+
+    @property
+    def founding_settings(self) -> Settings:
+        """The cluster's settings with leases as this node's profile has them: the founder writes them into the database."""
+        profile = self._profile
+        return attrs.evolve(
+            self.inventory.settings,
+            lease_ns=ns(profile.lease_s),
+            margin_ns=ns(profile.margin_s),
+            renewal_ns=ns(profile.renewal_s),
+        )
 
     # -- the parts --
 

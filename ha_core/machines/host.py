@@ -30,7 +30,7 @@ from ha_core.machines.database_events import (
     WatchTaken,
     from_endpoint,
 )
-from ha_core.machines.failover.commands import RegisterHost
+from ha_core.machines.failover.commands import Command, RegisterHost, SetSettings
 from ha_core.machines.failover.records import Host
 from ha_core.machines.keyvalue.model import Call
 from ha_core.machines.membership import MAX_PRIMARIES, REPLACE_AFTER_NS, Contact, next_change, next_leader
@@ -162,7 +162,11 @@ class HostMachine:
             self._founds = None
             return None
         self._change_open = True
-        command = RegisterHost.of(self._founds)
+        # Nobody gets a lease before a host is registered: all of them are as the founder's profile has them.
+        settings = self.aam.founding_settings
+        command: Command = RegisterHost.of(self._founds)
+        if self.aam.inventory.settings != settings:
+            command = SetSettings.of(settings)
         return DatabaseRequest(_CHANGE_REQUEST, Call(command.name, command.args()), _CHANGE_TIMEOUT_NS)
 
     # -- peers --

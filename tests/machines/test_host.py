@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import attrs
 import pytest
 
-from ha_core.config import LAN
+from ha_core.config import AAM, FAST, LAN, Profile, ns
 from ha_core.guard.renewal import RenewalCodec
 from ha_core.ids import HostName, LinkName, NodeId, ReplicaId
 from ha_core.machines.aam import AamMachine, PeerReached
@@ -92,15 +92,15 @@ class World:
         self._heap: list[tuple[int, int, Process, Event | None]] = []
         self._count = 0
 
-    def start(self, number: int, *, founder: bool = False, replica: bytes = b"") -> Process:
+    def start(self, number: int, *, founder: bool = False, replica: bytes = b"", profile: Profile = LAN) -> Process:
         node, record = node_of(number), record_of(number)
         replica = replica or f"replica {number}".encode()
         members = {node: Member(replica, {LinkName("a"): record.addresses[0][1]})}
         database = DatabaseMachine(
-            node=node, replica=ReplicaId(replica), profile=LAN, rng=random.Random(number), procedures=PROCEDURES, cluster="c",
+            node=node, replica=ReplicaId(replica), profile=profile, rng=random.Random(number), procedures=PROCEDURES, cluster="c",
             bootstrap=Configuration((node,), members=members) if founder else None,
         )  # fmt: skip
-        aam = AamMachine(node=node, host=record, database=database, codec=RenewalCodec("c", bytes(32)), profile=LAN)
+        aam = AamMachine(node=node, host=record, database=database, codec=RenewalCodec("c", bytes(32)), profile=profile)
         addresses = {LinkName(link): address for link, address in record.addresses}
         first = {node_of(1): {LinkName("a"): "127.0.0.1:7400"}}
         machine = HostMachine(
@@ -204,6 +204,18 @@ def test_hosts_that_are_registered_become_primaries() -> None:
     world = cluster(3)
 
     assert world.voters() == {"h1", "h2", "h3"}
+
+
+@pytest.mark.parametrize("profile", [LAN, FAST, AAM])
+def test_leases_are_as_the_founders_profile_has_them(profile: Profile) -> None:
+    world = World()
+    inventory = world.start(1, founder=True, profile=profile).machine.aam.inventory
+    world.until(lambda: inventory.hosts)
+
+    settings = inventory.settings
+    assert (settings.lease_ns, settings.margin_ns, settings.renewal_ns) == (
+        ns(profile.lease_s), ns(profile.margin_s), ns(profile.renewal_s),
+    )  # fmt: skip
 
 
 def test_a_host_that_nobody_registered_stays_outside() -> None:
