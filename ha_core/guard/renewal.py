@@ -76,7 +76,7 @@ class RenewalAnswer:
     ``continued_token``: the oldest token of the unbroken chain of Grants that ``lease_token`` continues (itself, if it
     continues none): runs of this host stamped with a token from there to ``lease_token`` now stand under ``lease_token``.
     ``lease_ns`` and ``margin_ns`` are L and M of that Grant and never change under one token. ``armed`` False: a lease
-    without a deadline. ``hints``: (link, ``host:port``) where the primaries listen now.
+    without a deadline; a token may lose it, and never gets it back. ``hints``: (link, ``host:port``) where the primaries listen now.
     """
 
     instance: bytes

@@ -9,7 +9,8 @@ Rules (numbers from the lease rules of docs/architecture.md):
 * A run is started only under the very lease token that the guard holds, before its deadline, once per fencing token, never
   below a known fencing token, and never while an older run of the VM is not reaped (L7).
 * A run in state stopped or failed is evidence: reaped, and this fencing token will never be started. It is kept as a tombstone.
-* A lease without a deadline (disarmed) writes ``NEVER``.
+* A lease without a deadline (disarmed) writes ``NEVER``. A token may lose its deadline, because no entry can revoke it then;
+  it never gets one back: that takes a new Grant.
 * Found revoked, runs are killed at once: their copies may already be on their way elsewhere.
 * Another cluster counts its tokens anew: after joining one, what is reaped is forgotten, and what still lives keeps the
   deadline that it has.
@@ -367,9 +368,10 @@ class GuardRules:
         if token == 0 or token < self.lease_token or deadline_ns <= now_ns:
             return
         if token == self.lease_token:
-            if (answer.lease_ns, answer.margin_ns, answer.armed) != (self.lease_ns, self.margin_ns, self.armed):
+            if (answer.lease_ns, answer.margin_ns) != (self.lease_ns, self.margin_ns) or (answer.armed and not self.armed):
                 self._effects.append(Noted(f"lease {token}: an answer with other terms than its Grant was ignored"))
                 return
+            self.armed = answer.armed
             self.deadline_ns = max(self.deadline_ns, deadline_ns)
         else:
             self._granted(answer, deadline_ns, now_ns)

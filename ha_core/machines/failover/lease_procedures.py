@@ -54,7 +54,9 @@ def grant(tx: KvTransaction, index: LogIndex, ask: c.Grant) -> Outcome:
         return _grant_candidate(tx, index, lease, ask)
     if lease.revoked:
         return _grant_after_revoke(tx, index, lease, fresh)
-    if ask.instance == lease.instance and _same_numbers(lease, settings):
+    # A guard that took a candidate for its lease, which then came to nothing, needs a token that is newer than that.
+    offered = lease.candidate and lease.candidate_boot == lease.boot
+    if ask.instance == lease.instance and _same_numbers(lease, settings) and not offered:
         return Outcome(True, lease.token)
     _continue(tx, index, lease, fresh)
     return Outcome(True, token)

@@ -219,6 +219,8 @@ class LeaseServer:
                 self._counts.pop(host, None)
                 self._revoking.pop(lease.token, None)
                 continue
+            if not lease.armed:
+                self._revoking.pop(lease.token, None)  # no entry can revoke it any more
             count = self._counts.get(host)
             if count is None:
                 since_ns = now_ns if self._granted_by_us(lease) else self._counted_from_ns
@@ -298,7 +300,7 @@ class LeaseServer:
             if self._may_confirm(pending, lease):
                 self._confirm(pending, lease)
                 return True
-            if renewal.lease_token:
+            if renewal.lease_token and not self._was_offered(pending, lease):
                 return self._answer(pending, Status.REVOKED)
             return self._want_grant(pending)
         if renewal.boot_id == lease.boot and renewal.created_ns < lease.created_ns:
@@ -338,6 +340,10 @@ class LeaseServer:
 
     def _candidate_current(self, lease: Lease) -> bool:
         return not (lease.candidate_boot == lease.boot and self._numbers_current(lease) and not lease.revoked)
+
+    def _was_offered(self, pending: _Pending, lease: Lease) -> bool:
+        """The holder took a candidate for its lease that is none any more: its VMs go on, under a Grant that is newer still."""
+        return pending.renewal.lease_token == lease.candidate and lease.candidate_boot == lease.boot and not lease.revoked
 
     def _answer_candidate(self, pending: _Pending, lease: Lease) -> bool:
         renewal = pending.renewal

@@ -28,7 +28,9 @@ class Office:
     def run(self) -> list[Demand]:
         """Apply what is proposed until nothing more is; the other demands."""
         rest: list[Demand] = []
+        turns = 0
         while demands := self.server.take_demands():
+            assert (turns := turns + 1) < 100, "a proposal that changes nothing is made again and again"
             for demand in demands:
                 if isinstance(demand, Proposal):
                     self.log.now_ns = self.now_ns
