@@ -125,7 +125,7 @@ class TransactionStore:
         self._in_hand: list[Job] = []
         self._abandoned = False
         self.on_freed: Callable[[], None] = lambda: None
-        """Called in trio when acknowledged messages were deleted: there is more room."""
+        """Called in trio when there may be more room: acknowledged messages were deleted, a function failed, a channel forked."""
 
     # -- for the node --
 
@@ -196,11 +196,12 @@ class TransactionStore:
             self._outbox.fork(to, name, text)
             return outcome.Value(None)
 
-        self.submit(Job(run, "fork", lambda result: None))
+        self.submit(Job(run, "fork", lambda result: self.on_freed()))
 
     def has_room(self, to: NodeId, name: ChannelName) -> bool:
-        """Whether the outbox would admit what it refused last on that channel."""
-        return self._outbox.has_room(to, name)
+        """Whether the outbox would admit what it refused last on that channel, or never will: the channel stands still."""
+        record = self._outbox.records.get((to, name))
+        return (record is not None and bool(record.forked)) or self._outbox.has_room(to, name)
 
     def abandon(self, error: HAError) -> None:
         """The writer does not come back: whoever waits hears ``error``, and nothing more is committed."""
@@ -383,6 +384,7 @@ class TransactionStore:
             self.on_commit(runs, requested)
         for job in group:
             invariant(job.result is not None, "a job is done without a result", job=job.name)
+            freed = freed or type(job.result) is outcome.Error  # what it sent went back to the outbox
             self._finish(job, cast("outcome.Outcome[object]", job.result))
         if freed:
             self.on_freed()

@@ -360,6 +360,57 @@ async def test_outbox_is_bounded_and_has_room_again_after_acknowledgement(tmp_pa
         assert (state.last, state.acked, state.acked_digest) == (50, 40, loaded[39].digest)
 
 
+async def test_room_that_a_failed_function_gives_back_is_announced(tmp_path: Path) -> None:
+    async with opened(tmp_path, outbox_max_bytes=100_000) as store:
+        freed: list[bool] = []
+        store.on_freed = lambda: freed.append(store.has_room(PEER, C))
+        await store.transact(lambda tx: tx.send(PEER, C, b"x" * 40_000))
+        with pytest.raises(OutboxFullError):
+            await store.transact(lambda tx: tx.send(PEER, C, b"x" * 30_000))
+        store.acknowledge(PEER, C, 1, b"d" * 16)
+        await store.transact(lambda tx: None)
+        assert freed[-1]
+        freed.clear()
+        entered, hold = threading.Event(), threading.Event()
+
+        def change_its_mind(tx: Transaction) -> None:
+            tx.send(PEER, C, b"x" * 40_000)
+            entered.set()
+            hold.wait(5)
+            raise ZeroDivisionError
+
+        async def fail() -> None:
+            with pytest.raises(ZeroDivisionError):
+                await store.transact(change_its_mind)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail)
+            await trio.to_thread.run_sync(entered.wait, 5)
+            assert not store.has_room(PEER, C)
+            hold.set()
+        assert freed == [True]
+
+
+async def test_nobody_waits_for_room_on_a_channel_that_stands_still(tmp_path: Path) -> None:
+    async with opened(tmp_path, outbox_max_bytes=100_000) as store:
+        freed = trio.Event()
+        store.on_freed = freed.set
+        await store.transact(lambda tx: tx.send(PEER, C, b"x" * 40_000))
+        with pytest.raises(OutboxFullError):
+            await store.transact(lambda tx: tx.send(PEER, C, b"x" * 30_000))
+        assert not store.has_room(PEER, C)
+        freed = trio.Event()
+        store.on_freed = freed.set
+
+        store.fork(PEER, C, "cloned")
+
+        with trio.fail_after(1):
+            await freed.wait()
+        assert store.has_room(PEER, C)
+        with pytest.raises(ForkedError):
+            await store.transact(lambda tx: tx.send(PEER, C, b"x" * 30_000))
+
+
 async def test_function_that_hides_a_full_outbox_is_rolled_back_all_the_same(tmp_path: Path) -> None:
     def hides(tx: Transaction) -> None:
         insert(tx, 1)
