@@ -10,7 +10,6 @@ DatagramArrived, OpenWatch, ...; Persisted by the contract):
 * ``GuardDatagram(source, data)``   a packet that begins with the guard's magic, as it came; ``source`` comes back
 * ``PeerReached(peer, reachable)``  the endpoint's PeerReachable
 * ``PingAnswered(address)``         an isolation address answered
-* ``HostChanged(host)``             this host's own record, when something in it changed
 
 Out, beside every effect of the DatabaseMachine (Persist, WriteCheckpoint, Send, DatabaseReply, WatchEvents, WatchClosed,
 LeaderChanged, Leading, ConfigurationChanged, MessageRefused), with Applied replaced by RecordsChanged:
@@ -73,11 +72,6 @@ class PeerReached(Event):
 @attrs.frozen
 class PingAnswered(Event):
     address: str
-
-
-@attrs.frozen
-class HostChanged(Event):
-    host: Host
 
 
 @attrs.frozen
@@ -164,9 +158,6 @@ class AamMachine:
                     self.isolation.peer(peer, reachable, now_ns)
                 case PingAnswered(address):
                     self.isolation.answered(address, now_ns)
-                case HostChanged(host):
-                    self._host = host
-                    self._register_ns = now_ns
                 case _:
                     rest.append(event)
         if rest:

@@ -15,7 +15,7 @@ import attrs
 import msgpack
 
 from ha_core.ids import ChannelName, LinkName, NodeId, ReplicaId, host_of
-from ha_core.machines.aam import AamMachine, GuardDatagram, HostChanged, PeerReached, PingAnswered, RecordsChanged
+from ha_core.machines.aam import AamMachine, GuardDatagram, PeerReached, PingAnswered, RecordsChanged
 from ha_core.machines.contract import Effect, Event
 from ha_core.machines.database_events import (
     CHANNELS,
@@ -234,7 +234,7 @@ class HostMachine:
 
 def host_child(machine: HostMachine) -> Child:
     """The host machine's place in a NodeMachine."""
-    handles = (DatabaseRequest, OpenWatch, WatchTaken, CloseWatch, GuardDatagram, PingAnswered, HostChanged)
+    handles = (DatabaseRequest, OpenWatch, WatchTaken, CloseWatch, GuardDatagram, PingAnswered)
     return Child(machine, handles, _hears, (*CHANNELS, INTRODUCTION), persists=True)
 
 
