@@ -152,7 +152,9 @@ class Election:
         is_granted = (
             not self.is_sticky and request.term > core.term and core.log.is_covered_by(request.last_index, request.last_term)
         )
-        answer = VoteAnswer(core.term, True, request.attempt, is_granted, 0)  # promises nothing, so it waits for nothing
+        # A grant is given in the candidate's own term: from ours, if that is older, it would be stale news there.
+        term = request.term - 1 if is_granted else core.term
+        answer = VoteAnswer(term, True, request.attempt, is_granted, 0)  # promises nothing, so it waits for nothing
         core.send(sender, answer, Lane.DATAGRAM, receiver=envelope.sender)
 
     def receive_request(self, sender: NodeId, envelope: Envelope, request: VoteRequest) -> None:

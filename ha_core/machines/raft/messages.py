@@ -37,7 +37,7 @@ class VoteRequest:
 
 @attrs.frozen
 class VoteAnswer:
-    """``term`` is the voter's. ``age_ns``: see rule L6; only in a granted vote."""
+    """``term`` is the voter's, in a granted pre-vote the candidate's. ``age_ns``: see rule L6; only in a granted vote."""
 
     term: int
     pre: bool

@@ -12,7 +12,7 @@ from ha_core.machines.raft.configuration import (
     decode_configuration,
     encode_configuration,
 )
-from ha_core.machines.raft.messages import AppendAnswer, Heartbeat, HeartbeatAnswer, VoteAnswer, VoteRequest
+from ha_core.machines.raft.messages import Append, AppendAnswer, Heartbeat, HeartbeatAnswer, VoteAnswer, VoteRequest
 from ha_core.machines.raft.types import (
     AddLearner,
     ConfigurationRefused,
@@ -323,6 +323,28 @@ def test_a_promoted_learner_that_does_not_know_it_votes() -> None:
     group.run(3000)
 
     assert group.leader.name == "n2"
+
+
+def test_a_promoted_learner_that_does_not_know_it_votes_again_after_a_vote_was_lost() -> None:
+    """It never campaigns, so only the candidate can bring it to a newer term."""
+    group = Group(1, 1)
+    group.elect()
+    group.add_learner("n1", "n2")
+    group.run(20)
+    group.drop = lambda sent: isinstance(sent.message, Append)
+    group.change("n1", Promote(node_id("n2")))
+    group.run(20)
+    assert voters(group["n2"]) == ["n1"]
+
+    group.restart("n1")
+    group.drop = lambda sent: isinstance(sent.message, VoteRequest) and not sent.message.pre
+    group.run_until(lambda: group["n1"].role is Role.CANDIDATE)
+    group.run(50)
+    group.drop = lambda sent: False
+    group.run(3000)
+
+    assert group["n1"].role is Role.LEADER
+    assert voters(group["n2"]) == ["n1", "n2"]
 
 
 def test_leadership_is_transferred_without_a_gap_section_3_10() -> None:
