@@ -4,8 +4,7 @@ Rules:
 
 * A number is taken when a function sends and given back when that function is rolled back (M3); it becomes real with the
   group's commit. All that one group sends on a channel follows each other and is stored as runs, one row each.
-* Admission is fair (I19): a channel may hold as much as is free. One busy channel gets half of the outbox, two a third each,
-  and a channel that was quiet always finds room. Replies are always taken: their requests were counted when they were made.
+* Admission is fair (I19, machines/durable_admission.py); replies are always taken.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import attrs
 
 from ha_core.errors import CorruptRecordError, ForkedError, LocalProtocolError, OutboxFullError
 from ha_core.ids import ChannelName, NodeId
+from ha_core.machines.durable_admission import MESSAGE_BYTES, admits
 from ha_core.machines.durable_events import OutboxRun, OutgoingState
 from ha_core.machines.durable_wire import (
     MAX_CHANNEL_BYTES,
@@ -30,8 +30,6 @@ from ha_core.machines.durable_wire import (
     unpack_run,
 )
 
-MESSAGE_BYTES: Final = 32
-"""What a message counts beyond its body."""
 RESERVED_PREFIX: Final = "ha."
 SCHEMA: Final = (
     "CREATE TABLE ha_outgoing (id INTEGER PRIMARY KEY, peer TEXT NOT NULL, name TEXT NOT NULL, last INTEGER NOT NULL,"
@@ -125,7 +123,7 @@ class Outbox:
         """Whether what was refused last would be admitted now; also from the trio thread."""
         record = self.records.get((to, name))
         used, wanted = (0, 0) if record is None else (record.used_bytes, record.wanted_bytes)
-        return used + max(wanted, 1024) <= self._limit_bytes - self.total_bytes
+        return admits(used, max(wanted, 1024), self.total_bytes, self._limit_bytes)
 
     def add(self, record: OutgoingRecord, body: bytes, *, admit: bool = True) -> int:
         """Take a message; its number.
@@ -134,7 +132,7 @@ class Outbox:
             OutboxFullError: the channel has no room.
         """
         size = len(body) + MESSAGE_BYTES
-        if record.used_bytes + size > self._limit_bytes - self.total_bytes and admit:
+        if admit and not admits(record.used_bytes, size, self.total_bytes, self._limit_bytes):
             raise OutboxFullError(
                 f"{record.to}, channel {record.name!r}: the outbox has no room (it holds {self.total_bytes} of "
                 f"{self._limit_bytes} bytes, {record.used_bytes} of them for this channel): wait_for_room, then call again",

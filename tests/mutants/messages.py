@@ -108,4 +108,97 @@ MUTANTS: list[Mutant] = [
         campaign="messages",
         seed=13,
     ),
+    Mutant(
+        name="M15 heartbeats behind bulk: no bound on what a connection is given",
+        file="ha_core/machines/session.py",
+        old="                return priority if unflushed < ROOM[priority] else None\n",
+        new="                return priority\n",
+        invariant="I20",
+        campaign="messages",
+        seed=4,
+    ),
+    Mutant(
+        name="M15 one queue for all priorities",
+        file="ha_core/machines/session.py",
+        old="            channel.busy = True\n            self._busy[channel.priority].append(channel)\n",
+        new="            channel.busy = True\n            self._busy[Priority.BULK].append(channel)\n",
+        invariant="I20",
+        campaign="messages",
+        seed=17,
+    ),
+    Mutant(
+        name="M22 a path that failed is trusted again at once",
+        file="ha_core/machines/paths.py",
+        old="        if self.troubled and other_up:\n",
+        new="        if False:\n",
+        invariant="I24",
+        campaign="messages",
+    ),
+    Mutant(
+        name="M22 data goes back to the first link as soon as that is UP",
+        file="ha_core/machines/session.py",
+        old="(_rank(best)[:2] < _rank(active)[:2] and _rank(active)[0] >= _RANK[PathState.SUSPECT])",
+        new="_rank(best) < _rank(active)",
+        invariant="I24",
+        campaign="messages",
+    ),
+    Mutant(
+        name="M23 dials do not back off",
+        file="ha_core/machines/paths.py",
+        old="        base = min(MIN_REDIAL_NS << min(self.failures, 20), MAX_REDIAL_NS)\n",
+        new="        base = MIN_REDIAL_NS\n",
+        invariant="I27",
+        campaign="messages",
+    ),
+    Mutant(
+        name="M26 what was unacknowledged is sent again in the next session",
+        file="ha_core/machines/connections.py",
+        old="            session = peer.session = Session(session_id, ours, theirs, self.effects)\n",
+        new=(
+            "            from ha_core.machines.messages import SendRun\n"
+            "            unsent = globals().setdefault('UNSENT', {})\n"
+            "            old = unsent.get((id(self), peer.node))\n"
+            "            session = peer.session = Session(session_id, ours, theirs, self.effects)\n"
+            "            unsent[id(self), peer.node] = session\n"
+            "            for channel in old.channels() if old is not None else ():\n"
+            "                runs = [memoryview(item.frame)[8:] for item in channel.segments.values() if item.frame[5] == 0]\n"
+            "                bodies = [body for run in runs for body in wire.decode_run(run)[1]]\n"
+            "                session.send(SendRun(peer.node, channel.name, bodies, channel.priority))\n"
+        ),
+        invariant="I14",
+        campaign="messages",
+    ),
+    Mutant(
+        name="M24 one sequence for all channels of a session",
+        file="ha_core/machines/session.py",
+        old="            first = channel.number(len(bodies))\n",
+        new="            first = max([item.number(len(bodies)) for item in self._receiving.values()])\n",
+        invariant="I13",
+        campaign="messages",
+    ),
+    Mutant(
+        name="M34 one channel may fill the outbox",
+        file="ha_core/machines/durable_admission.py",
+        old="    return used_bytes + size <= limit_bytes - total_bytes\n",
+        new="    return size <= limit_bytes - total_bytes\n",
+        invariant="I19",
+        campaign="messages",
+        seed=2,
+    ),
+    Mutant(
+        name="M32 the newer of two versions is chosen",
+        file="ha_core/machines/handshake.py",
+        old="        self.version = min(self.ours.version_max, peer.version_max)\n",
+        new="        self.version = self.ours.version_max\n",
+        invariant="I30",
+        campaign="messages",
+    ),
+    Mutant(
+        name="M20 our own lag counts against the peer",
+        file="ha_core/machines/connection_table.py",
+        old="            connection.liveness.shift(lag_ns, now_ns + LAG_GRACE_NS)\n",
+        new="            pass\n",
+        invariant="I22",
+        campaign="lag",
+    ),
 ]

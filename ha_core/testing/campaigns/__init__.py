@@ -18,6 +18,7 @@ from ha_core.testing.simulator import Simulation, TooManyViolationsError, Violat
 CAMPAIGNS: Mapping[str, str] = {
     "cluster": "ha_core.testing.campaigns.cluster:ClusterCampaign",
     "database": "ha_core.testing.campaigns.database:DatabaseCampaign",
+    "lag": "ha_core.testing.campaigns.lag:LagCampaign",
     "messages": "ha_core.testing.campaigns.messages:MessagesCampaign",
     "ping": "ha_core.testing.campaigns.ping:PingCampaign",
 }

@@ -12,13 +12,13 @@ import random
 from collections.abc import Iterator
 
 from ha_core.ids import ChannelName, LinkName, NodeId
-from ha_core.machines.channels import QUEUE_BYTES
 from ha_core.machines.durable_events import HandlerClosed, HandlerOpened
-from ha_core.machines.durable_wire import FLIGHT_BYTES, MAX_MESSAGE_BYTES, RUN_BYTES
 from ha_core.machines.messages import PathState
-from ha_core.testing.campaigns.messages_node import CHANNELS, REPLIES, MessagesNode
+from ha_core.testing.campaigns.messages_checks import MessagesChecker
+from ha_core.testing.campaigns.messages_node import CHANNELS, PROFILE, REPLIES, MessagesNode
 from ha_core.testing.campaigns.messages_store import Image, Oracle
 from ha_core.testing.campaigns.messages_stranger import Stranger
+from ha_core.testing.campaigns.messages_talk import TALK
 from ha_core.testing.simulator import (
     MILLISECOND,
     SECOND,
@@ -57,12 +57,12 @@ class MessagesCampaign:
     name = "messages"
     invariants = (
         "I1", "I2", "I3", "I4", "I5", "I6", "I7", "I8", "I9", "I10", "I11", "I12", "I13", "I14", "I15", "I16", "I17", "I18",
-        "I21", "I23", "I25", "I26", "I28", "I29",
+        "I19", "I20", "I21", "I23", "I24", "I25", "I26", "I27", "I28", "I29", "I30",
     )  # fmt: skip
     faults = (
         "loss", "delay", "reorder", "duplicate", "replay", "corrupt", "path-cut", "one-way-cut", "partition", "clog", "reset",
         "disk-crash", "disk-torn", "disk-error", "disk-full", "disk-slow", "crash", "power-loss", "freeze",
-        "handler-error", "handler-kill", "handler-closed", "stall", "garbage", "restore", "clone", "store-lost",
+        "handler-error", "handler-kill", "handler-closed", "stall", "garbage", "restore", "clone", "store-lost", "outbox-full",
     )  # fmt: skip
 
     def play(self, sim: Simulation) -> None:
@@ -98,20 +98,24 @@ class World:
             for other in self.nodes.values():
                 if node is not other:
                     node.peers[other.node] = other.addresses
+            node.newer_share = self.rng.choice((0.0, 0.0, 0.5, 1.0))
         self.names = list(self.nodes)
         self.stranger = Stranger(sim, self.network, self.connections, [node.addresses for node in self.nodes.values()])
         self.connections.tap = self.stranger.overhear
         self.chaos = Chaos(sim, self._faults(), swarm)
         self._until = 0
-        sim.watch(self._check_memory)
+        self.checker = MessagesChecker(sim, self.nodes, PROFILE)
+        self.connections.dial_tap = self.checker.dialled
 
-    def _add(self, name: str, node: NodeId, number: int) -> MessagesNode:
+    def _add(self, name: str, node_id: NodeId, number: int) -> MessagesNode:
         self.network.add_host(name)
         rate = self.rng.choice((0, 0, 3000, -3000))
-        self.nodes[name] = MessagesNode(
-            self.sim, name, node, addresses(number), self.connections, self.oracle, rate_ppm=rate
-        )  # fmt: skip
-        return self.nodes[name]
+        node = self.nodes[name] = MessagesNode(
+            self.sim, name, node_id, addresses(number), self.connections, self.oracle, rate_ppm=rate
+        )
+        node.on_path_changed = lambda effect: self.checker.path_changed(node, effect)
+        node.talker.on_session_up = lambda effect: self.checker.session_up(node, effect.peer, effect.session)
+        return node
 
     # -- the safety phase --
 
@@ -144,10 +148,13 @@ class World:
                 count = rng.randrange(50, 150) if burst else rng.randrange(1, 8)
                 node.send_durable(peer, rng.choice(CHANNELS), [self._body(node, rng, size) for _ in range(count)])
             case 2:
-                node.talk(peer, rng.randrange(100, 400) if burst else rng.randrange(1, 8), size)
+                machine = node.machine
+                if machine is not None:
+                    count = rng.randrange(100, 400) if burst else rng.randrange(1, 8)
+                    node.talker.talk_anything(machine.endpoint, peer, count, size)
             case _:
                 for other in node.peers:
-                    node.beat(other)
+                    node.talker.beat(other)
 
     def _body(self, node: MessagesNode, rng: random.Random, size: int) -> bytes:
         self.sent += 1
@@ -187,11 +194,11 @@ class World:
     def _stall(self, rng: random.Random, amount: float) -> End:
         node = self._some_node(rng)
         self.sim.fault("stall")
-        node.stalled = True
+        node.talker.stalled = True
 
         def end() -> None:
-            node.stalled = False
-            node.consume()
+            node.talker.stalled = False
+            node.talker.consume()
 
         return end
 
@@ -308,7 +315,9 @@ class World:
                 return
             for one, other in goals:
                 # with traffic both ways, what is received could be mistaken for proof that sending works
-                self.nodes[one].talk(self.nodes[other].node, 1, 100)
+                machine = self.nodes[one].machine
+                if machine is not None:
+                    self.nodes[one].talker.talk(machine.endpoint, self.nodes[other].node, TALK, 1, 100)
             self.sim.run_for(4 * MILLISECOND)
         self.failover_ns = self.sim.now_ns - began_ns
         for cut in cuts:
@@ -416,26 +425,3 @@ class World:
         if stuck:
             sim.violate("I21", "; ".join(stuck[:5]))
         self.stranger.judge()
-
-    def _check_memory(self, name: str) -> None:
-        """I17, on every 16th step."""
-        if self.sim.steps % 16 or name not in self.nodes:
-            return
-        machine = self.nodes[name].machine
-        if machine is None:
-            return
-        self.sim.checked("I17")
-        self.sim.checked("I18")  # these two by the session's own check(), after every step
-        self.sim.checked("I25")
-        slack = MAX_MESSAGE_BYTES + 2 * RUN_BYTES
-        for outgoing in machine.durable.sender.channels.values():
-            if outgoing.held_bytes > 3 * FLIGHT_BYTES + slack:
-                self.sim.violate("I17", f"{name}: {outgoing.held_bytes} bytes of {outgoing.name!r} to {outgoing.to} held")
-        for incoming in machine.durable.receiver.channels.values():
-            if incoming.staged_bytes > FLIGHT_BYTES + slack:
-                self.sim.violate("I17", f"{name}: {incoming.staged_bytes} bytes of {incoming.name!r} staged")
-        for peer in self.nodes[name].peers:
-            session = machine.endpoint.session_with(peer)
-            for channel in session.channels() if session is not None else ():
-                if channel.pending_bytes > QUEUE_BYTES + 4 * FLIGHT_BYTES:
-                    self.sim.violate("I17", f"{name}: {channel.pending_bytes} bytes queued on {channel.name!r} to {peer}")

@@ -1,18 +1,15 @@
 """A node of the messages campaign: endpoint and durable machines in one process, its store, and an application on top.
 
-The application sends durable messages in transactions, answers some inside the transaction that handles them, sends session
-messages and datagrams, fails on some messages and is killed by others; and it checks what it is handed (I13 to I16).
+The application sends durable messages in transactions, answers some inside the transaction that handles them, fails on some
+messages and is killed by others. What it says on sessions is in ``messages_talk.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from struct import Struct
-
-import attrs
 
 from ha_core.config import LAN
-from ha_core.ids import ChannelName, LinkName, NodeId, SessionId, StoreId
+from ha_core.ids import ChannelName, LinkName, NodeId, StoreId
 from ha_core.machines import messages as m
 from ha_core.machines.contract import Effect, Event
 from ha_core.machines.durable import REPORTS_CHANNEL, RUNS_CHANNEL, DurableMachine
@@ -29,16 +26,18 @@ from ha_core.machines.durable_events import (
     RunsCommitted,
 )
 from ha_core.machines.endpoint import EndpointMachine
-from ha_core.testing.campaigns.messages_store import Count, Forget, Fork, Operation, Oracle, SimStore, Step
+from ha_core.machines.handshake import VERSION_MAX, VERSION_MIN
+from ha_core.testing.campaigns.messages_newer import NEWER, NewerEndpoint
+from ha_core.testing.campaigns.messages_store import Count, Forget, Fork, Operation, Oracle, SimStore, Step, outbox_bytes
+from ha_core.testing.campaigns.messages_talk import Talker
 from ha_core.testing.simulator import MILLISECOND, SECOND, SimClock, SimConnections, SimProcess, Simulation
 
 CLUSTER = "campaign"
+PROFILE = LAN
+OURS = (VERSION_MIN, VERSION_MAX)
 KEY = bytes(range(32))
 CHANNELS = (ChannelName("orders"), ChannelName("bulk"))
 REPLIES = ChannelName("replies")
-SESSION_CHANNEL = ChannelName("talk")
-TOPIC = ChannelName("beat")
-_TAG = Struct(">QQ")
 _STRANGER = (".1.99:", ".2.99:")
 _HONEST_REFUSALS = ("clone", "stale", "busy", "self")
 _DURABLE = frozenset((RUNS_CHANNEL, REPORTS_CHANNEL))
@@ -113,15 +112,6 @@ class MessagesMachine:
 _DURABLE_EVENTS = (RunsCommitted, OutboxLoaded, HandlerOpened, HandlerClosed, BatchDone)
 
 
-@attrs.define
-class _Heard:
-    """What a process has heard of one peer in the present session."""
-
-    session: SessionId
-    next_seq: int = 1
-    last: int = 0
-
-
 class MessagesNode:
     """One process with its store; ``handler_fails`` decides by body and try whether a handler raises."""
 
@@ -142,21 +132,19 @@ class MessagesNode:
         self.peers: dict[NodeId, Mapping[LinkName, str]] = {}
         self.addresses = addresses
         self.oracle = oracle
-        self.store = SimStore(sim, name, lambda image, operation: oracle.observe(name, node, image, operation))
         self.rng = sim.stream(f"application/{name}")
-        self.sessions: dict[NodeId, SessionId] = {}
+        limit_bytes = self.rng.choice((8 << 20, 8 << 20, 300_000, 20_000))
+        self.store = SimStore(
+            sim, name, lambda image, operation: oracle.observe(name, node, image, operation), limit_bytes=limit_bytes
+        )
         self.reports: list[tuple[NodeId, str]] = []
         """(peer, text): forks and refusals that an administrator would hear of."""
+        self.newer_share = 0.0
+        """How often its process runs the next version: it may be upgraded, and taken back, with each life."""
         self.forks = 0
-        self.stalled = False
-        """The application takes nothing from its session channels."""
-        self._heard: dict[NodeId, _Heard] = {}
-        self._talked: dict[NodeId, int] = {}
-        self._beats: dict[NodeId, int] = {}
-        self._newest_talk: dict[tuple[NodeId, str], tuple[int, int]] = {}
-        self._newest_beat: dict[tuple[NodeId, str], tuple[int, int]] = {}
-        self._unconsumed: list[m.Consumed] = []
+        self.talker = Talker(sim, name, self.rng, self._after)
         self._failures: dict[tuple[StoreId, ChannelName, int], int] = {}
+        self.on_path_changed: Callable[[m.PathChanged], None] = lambda effect: None
         self.process = SimProcess(
             sim, name, self._build, clock=SimClock(sim, start_ns=self.rng.randrange(100) * SECOND, rate_ppm=rate_ppm),
             wake_ns=200_000, start=False,
@@ -170,20 +158,19 @@ class MessagesNode:
     def _build(self, process: SimProcess) -> MessagesMachine:
         image, unclean = self.store.open()
         self.oracle.lives[self.name] = process.lives
-        self.sessions.clear()
-        self._heard.clear()
-        self._talked.clear()
-        self._beats.clear()
-        self._unconsumed.clear()
+        self.talker.begin()
         for (store, name), cursor in image.effects.items():
             self.sim.checked("I7")
             state = image.incoming.get((store, name))
             if state is None or state.cursor != cursor:
                 self.sim.violate("I7", f"{self.name}: effects of {name!r} up to {cursor}, but the cursor is {state}")
-        endpoint = EndpointMachine(
+        newer = self.rng.random() < self.newer_share
+        endpoint = (NewerEndpoint if newer else EndpointMachine)(
             node=self.node, cluster=CLUSTER, key=KEY, store=image.store, boot=image.boot, boots_digest=image.boots_digest,
-            links=self.addresses, profile=LAN, rng=process.rng,
+            links=self.addresses, profile=PROFILE, rng=process.rng, versions=NEWER if newer else OURS,
         )  # fmt: skip
+        if isinstance(endpoint, NewerEndpoint):
+            endpoint.offer_features()
         durable = DurableMachine(
             outgoing=list(image.outgoing.values()), incoming=list(image.incoming.values()), unclean=unclean, max_attempts=3
         )
@@ -220,17 +207,14 @@ class MessagesNode:
 
     def _listen(self) -> None:
         on = self.process.on
+        self.talker.listen(self.process)
         on(LoadOutbox, self._load)
         on(Acknowledged, self._acknowledged)
         on(RunBatch, self._run_batch)
         on(ChannelForked, self._forked)
-        on(m.SessionUp, self._session_up)
-        on(m.SessionDown, self._session_down)
-        on(m.DeliverRun, self._deliver)
-        on(m.DeliverDatagram, self._deliver_datagram)
         on(m.PeerRefused, self._refused)
         on(m.RoomChanged, lambda effect: None)
-        on(m.PathChanged, lambda effect: None)
+        on(m.PathChanged, lambda effect: self.on_path_changed(effect))
         on(m.PeerReachable, lambda effect: None)
 
     def _after(self, longest_ns: int, call: Callable[..., None], *args: object) -> None:
@@ -276,6 +260,9 @@ class MessagesNode:
     def _refused(self, effect: m.PeerRefused) -> None:
         self.sim.trace("refused", self.name, effect.peer, effect.code, effect.text)
         self.reports.append((NodeId(effect.peer), f"{effect.code}: {effect.text}"))
+        if effect.code == "version" and not any(part in effect.text for part in _STRANGER):
+            self.sim.violate("I30", f"{self.name} refuses a neighbour: {effect.text}")
+            return
         if (
             effect.code not in _HONEST_REFUSALS
             and effect.peer in self.peers
@@ -345,76 +332,10 @@ class MessagesNode:
     # -- what the application sends --
 
     def send_durable(self, to: NodeId, name: ChannelName, bodies: Sequence[bytes]) -> None:
+        """Nothing is sent if the outbox has no room: the application does something else then."""
+        admitted = self.store.admits(to, name, bodies)
+        self.oracle.admitted(self.name, self.store, (to, name), outbox_bytes(bodies), admitted)
+        if not admitted:
+            return
         send = self.store.send(to, name, bodies)
         self._commit([send], RunsCommitted([send.run]))
-
-    def talk(self, to: NodeId, count: int, size: int) -> None:
-        """Send ``count`` session messages, if there is a session and its channel has room."""
-        machine = self.machine
-        if machine is None or to not in self.sessions or not machine.endpoint.has_room(to, SESSION_CHANNEL):
-            return
-        first = self._talked.get(to, 0) + 1
-        self._talked[to] = first + count - 1
-        tail = self.name.encode().ljust(max(size, 16), b".")
-        bodies = [_TAG.pack(self.process.lives, number) + tail for number in range(first, first + count)]
-        self.process.post(m.SendRun(to, SESSION_CHANNEL, bodies, redundant=self.rng.random() < 0.1))
-
-    def beat(self, to: NodeId) -> None:
-        number = self._beats[to] = self._beats.get(to, 0) + 1
-        body = _TAG.pack(self.process.lives, number) + self.name.encode()
-        self.process.post(m.SendDatagram(to, TOPIC, body))
-
-    # -- what the application is handed --
-
-    def _session_up(self, effect: m.SessionUp) -> None:
-        self.sim.checked("I28")  # every HELLO and WELCOME carries a key that nobody knows
-        self.sessions[effect.peer] = effect.session
-        self._heard[effect.peer] = _Heard(effect.session)
-
-    def _session_down(self, effect: m.SessionDown) -> None:
-        if self.sessions.get(effect.peer) == effect.session:
-            del self.sessions[effect.peer]
-            del self._heard[effect.peer]
-
-    def _deliver(self, effect: m.DeliverRun) -> None:
-        sim = self.sim
-        where = f"{self.name} from {effect.peer}"
-        heard = self._heard.get(effect.peer)
-        sim.checked("I15")
-        if heard is None:
-            sim.violate("I15", f"{where}: a session message without a session")
-            return
-        sim.checked("I13")
-        if effect.first_seq != heard.next_seq:
-            sim.violate("I13", f"{where}: seq {effect.first_seq} is delivered, expected {heard.next_seq}")
-        heard.next_seq = effect.first_seq + len(effect.bodies)
-        size = 0
-        for body in effect.bodies:
-            size += len(body)
-            life, number = _TAG.unpack_from(body)
-            sender = body[16:].rstrip(b".").decode()
-            if heard.last and number != heard.last + 1:
-                sim.violate("I13", f"{where}: message {number} after {heard.last}")
-            heard.last = number
-            newest = self._newest_talk.get((effect.peer, sender), (0, 0))
-            sim.checked("I14")
-            if (life, number) <= newest:
-                sim.violate("I14", f"{where}: message {(life, number)} again, {newest} was delivered")
-            self._newest_talk[effect.peer, sender] = (life, number)
-        self._unconsumed.append(m.Consumed(effect.peer, effect.channel, len(effect.bodies), size, heard.session))
-        self._after(5 * MILLISECOND, self.consume)
-
-    def consume(self) -> None:
-        """Take what was delivered, unless the application is stalled."""
-        if not self.stalled and self._unconsumed and self.process.alive:
-            taken, self._unconsumed = self._unconsumed, []
-            self.process.post(*taken)
-
-    def _deliver_datagram(self, effect: m.DeliverDatagram) -> None:
-        life, number = _TAG.unpack_from(effect.body)
-        sender = effect.body[16:].decode()
-        newest = self._newest_beat.get((effect.peer, sender), (0, 0))
-        self.sim.checked("I16")
-        if (life, number) <= newest:
-            self.sim.violate("I16", f"{self.name}: datagram {(life, number)} of {sender} after {newest}")
-        self._newest_beat[effect.peer, sender] = (life, number)

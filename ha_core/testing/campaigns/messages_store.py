@@ -13,6 +13,7 @@ from hashlib import blake2b
 import attrs
 
 from ha_core.ids import Boot, ChannelName, NodeId, StoreId
+from ha_core.machines.durable_admission import MESSAGE_BYTES, admits
 from ha_core.machines.durable_events import Attempt, IncomingState, OutboxRun, OutgoingState
 from ha_core.machines.durable_wire import START_DIGEST, chain, pack_run
 from ha_core.machines.handshake import extend_boots_digest
@@ -25,6 +26,11 @@ Incoming = tuple[StoreId, ChannelName]
 def prefix(before: bytes, number: int, body: bytes) -> bytes:
     """The oracle's own prefix digest, by the definition in docs/protocol.md and not by the code under test."""
     return blake2b(before + number.to_bytes(8, "big") + body, digest_size=16).digest()
+
+
+def outbox_bytes(bodies: Sequence[bytes]) -> int:
+    """What these messages count against the outbox's bound."""
+    return sum(len(body) + MESSAGE_BYTES for body in bodies)
 
 
 def prefixes(before: bytes, first: int, bodies: Sequence[bytes]) -> list[bytes]:
@@ -52,6 +58,10 @@ class Image:
     sent: dict[Outgoing, bytes] = attrs.field(factory=dict)
     rolled_back: bool = False
     """It is, or comes from, an old copy."""
+
+    def outbox_bytes(self) -> dict[Outgoing, int]:
+        """What each channel holds of the outbox."""
+        return {key: sum(run.size for run in rows) for key, rows in self.outbox.items()}
 
     def copy(self) -> Image:
         return attrs.evolve(
@@ -151,7 +161,9 @@ Observer = Callable[[Image, Operation], None]
 class SimStore:
     """One node's app.db on a simulated device. ``observe(image, operation)`` is called before an operation becomes durable."""
 
-    def __init__(self, sim: Simulation, name: str, observe: Observer) -> None:
+    def __init__(self, sim: Simulation, name: str, observe: Observer, *, limit_bytes: int = 8 << 20) -> None:
+        """``limit_bytes`` is what the outbox may hold, replies apart."""
+        self.limit_bytes = limit_bytes
         self._sim = sim
         self._rng = sim.stream(f"store/{name}")
         self._observe = observe
@@ -174,6 +186,11 @@ class SimStore:
             operation.apply(self.current)
         self.device.write(operations, done)
 
+    def admits(self, to: NodeId, name: ChannelName, bodies: Sequence[bytes]) -> bool:
+        """Whether the outbox has room for a function that sends these."""
+        used = self.current.outbox_bytes()
+        return admits(used.get((to, name), 0), outbox_bytes(bodies), sum(used.values()), self.limit_bytes)
+
     def send(self, to: NodeId, name: ChannelName, bodies: Sequence[bytes]) -> Send:
         """The operation that sends ``bodies``, numbered after what the current image has sent."""
         key = (to, name)
@@ -181,7 +198,7 @@ class SimStore:
         rows = self.current.outbox.get(key, ())
         before = rows[-1].digest if rows else state.acked_digest
         first = state.last + 1
-        size = sum(len(body) + 32 for body in bodies)
+        size = outbox_bytes(bodies)
         digest = chain(before, first, bodies)[-1]
         run = OutboxRun(to, name, first, first + len(bodies) - 1, size, before, digest, pack_run(bodies))
         return Send(run, bodies)
@@ -249,6 +266,19 @@ class Oracle:
             self._forgotten(process, image, operation)
         elif isinstance(operation, Step):
             self._stepped(process, node, image, operation)
+
+    def admitted(self, process: str, store: SimStore, key: Outgoing, size: int, admitted: bool) -> None:
+        """I19: the outbox is bounded; nobody is refused who holds no more than is free, and nobody takes more than that."""
+        sim, used = self._sim, store.current.outbox_bytes()
+        mine, free = used.get(key, 0) + size, store.limit_bytes - sum(used.values())
+        where = f"{process}: {size} bytes more for {key[1]!r} to {key[0]}"
+        sim.checked("I19")
+        if not admitted:
+            sim.fault("outbox-full")
+            if mine <= free:
+                sim.violate("I19", f"{where} are refused though {free} are free")
+        elif mine > free:
+            sim.violate("I19", f"{where} are taken, {mine} in all, with {free} of {store.limit_bytes} free: others starve")
 
     def _sent(self, process: str, image: Image, operation: Send) -> None:
         run = operation.run

@@ -92,6 +92,8 @@ class SimConnections:
         """Processes that went down without a packet (no power)."""
         self.tap: Callable[[str, int, bytes], None] | None = None
         """Called as ``tap(process, connection, data)`` for everything that is transmitted on a stream."""
+        self.dial_tap: Callable[[str, Dial], None] | None = None
+        """Called as ``dial_tap(process, effect)`` for every dial."""
 
     def attach(
         self,
@@ -150,6 +152,8 @@ class SimConnections:
 
     def _dial(self, entry: _Host, effect: Dial) -> None:
         self.sim.trace("dial", entry.process.name, effect.connection, effect.path.remote)
+        if self.dial_tap is not None:
+            self.dial_tap(entry.process.name, effect)
         target = self._by_address.get(effect.path.remote)
         key = entry.process.name, effect.connection
         if target is None or target.host == entry.host:
