@@ -213,9 +213,9 @@ class EndpointMachine:
             connection.unflushed -= event.byte_count
             if connection.path is not None:
                 peer = self._lower.peers[connection.path.key.peer]
-                if peer.session is not None:
+                if peer.session is not None and peer.session.may_send():
                     peer.session.flushed()
-                self._lower.want(peer)
+                    self._lower.want(peer)
 
     def _send_datagram(self, event: SendDatagram, now_ns: int) -> None:
         peer = self._lower.peers.get(event.to)

@@ -55,7 +55,7 @@ ENDPOINT_EVENTS: tuple[type[Event], ...] = (
     Received, Flushed, SendRun, Consumed, SendDatagram, DatagramReceived, SetPeer, ForgetPeer, Accepted, Connected,
     Disconnected,
 )  # fmt: skip
-_FOR_CHILDREN = frozenset({SessionUp, SessionDown, PeerReachable, DeliverRun, DeliverDatagram, RoomChanged})
+_FOR_ALL = frozenset({SessionUp, SessionDown, PeerReachable})
 
 
 class ChildMachine(Protocol):
@@ -98,56 +98,74 @@ def database_child(machine: ChildMachine, handles: Collection[type[Event]] = (),
     return Child(machine, events, from_endpoint, DATABASE_CHANNELS, persists)
 
 
+@attrs.define(eq=False)
+class _Seat:
+    """A child at work: what it will be told, whether it may have something to say, and when it wants to be woken."""
+
+    child: Child
+    told: list[Event] = attrs.field(factory=list)
+    fed: bool = True
+    timer_ns: int | None = None
+
+
 class NodeMachine:
-    """A machine by the contract, made of an EndpointMachine and children on top of it."""
+    """A machine by the contract, made of an EndpointMachine and children on top of it.
+
+    Most steps concern one of the machines only: the others are not asked, since they can have nothing new to say.
+    """
 
     def __init__(self, endpoint: Machine, children: Sequence[Child]) -> None:
         self._endpoint = endpoint
-        self._children = tuple(children)
+        self._endpoint_fed = True
+        self._seats = tuple(_Seat(child) for child in children)
         self._effects: list[Effect] = []
-        self._owner: dict[type[Event], Child] = {}
-        self._claimed: dict[ChannelName, Child] = {}
-        writers = [child for child in children if child.persists]
+        self._owner: dict[type[Event], _Seat] = {}
+        self._claimed: dict[ChannelName, _Seat] = {}
+        writers = [seat for seat in self._seats if seat.child.persists]
         invariant(len(writers) <= 1, "a node has one node.db: at most one child persists")
         self._writer = writers[0] if writers else None
-        for child in children:
-            for event in child.handles:
+        for seat in self._seats:
+            for event in seat.child.handles:
                 invariant(event not in self._owner and event not in ENDPOINT_EVENTS, "an event has one owner", event=event)
-                self._owner[event] = child
-            for channel in child.channels:
+                self._owner[event] = seat
+            for channel in seat.child.channels:
                 invariant(channel not in self._claimed, "a channel has one owner", channel=channel)
-                self._claimed[channel] = child
+                self._claimed[channel] = seat
 
     # -- the contract --
 
     def receive(self, events: Sequence[Event], now_ns: int) -> None:
         endpoint: list[Event] = []
-        others: dict[Child, list[Event]] = {}
         for event in events:
             owner = self._owner.get(type(event))
             if owner is None:
                 endpoint.append(event)
             else:
-                others.setdefault(owner, []).append(event)
+                owner.told.append(event)
         if endpoint:
             self._endpoint.receive(endpoint, now_ns)
-        for child, own in others.items():
-            child.machine.receive(own, now_ns)
+            self._endpoint_fed = True
+        self._tell(now_ns)
         self._settle(now_ns)
 
     def handle_timer(self, now_ns: int) -> None:
-        for machine in (self._endpoint, *(child.machine for child in self._children)):
-            timer = machine.next_timer()
-            if timer is not None and timer <= now_ns:
-                machine.handle_timer(now_ns)
+        timer_ns = self._endpoint.next_timer()
+        if timer_ns is not None and timer_ns <= now_ns:
+            self._endpoint.handle_timer(now_ns)
+            self._endpoint_fed = True
+        for seat in self._seats:
+            timer_ns = seat.child.machine.next_timer() if seat.fed else seat.timer_ns
+            if timer_ns is not None and timer_ns <= now_ns:
+                seat.child.machine.handle_timer(now_ns)
+                seat.fed = True
         self._settle(now_ns)
 
     def next_timer(self) -> int | None:
         earliest = self._endpoint.next_timer()
-        for child in self._children:
-            timer = child.machine.next_timer()
-            if timer is not None and (earliest is None or timer < earliest):
-                earliest = timer
+        for seat in self._seats:
+            timer_ns = seat.child.machine.next_timer() if seat.fed else seat.timer_ns
+            if timer_ns is not None and (earliest is None or timer_ns < earliest):
+                earliest = timer_ns
         return earliest
 
     def take_effects(self) -> list[Effect]:
@@ -157,12 +175,14 @@ class NodeMachine:
     def persisted(self, number: int, now_ns: int) -> None:
         invariant(self._writer is not None, "a write was confirmed that nobody asked for", number=number)
         if self._writer is not None:
-            self._writer.machine.persisted(number, now_ns)
+            self._writer.child.machine.persisted(number, now_ns)
+            self._writer.fed = True
         self._settle(now_ns)
 
     def persist_failed(self, number: int, error: str, now_ns: int) -> None:
         if self._writer is not None:
-            self._writer.machine.persist_failed(number, error, now_ns)
+            self._writer.child.machine.persist_failed(number, error, now_ns)
+            self._writer.fed = True
         self._settle(now_ns)
 
     # -- between the children --
@@ -170,42 +190,57 @@ class NodeMachine:
     def _settle(self, now_ns: int) -> None:
         """Carry everything on until nothing moves any more."""
         while True:
-            self._spread(now_ns)
+            if self._endpoint_fed:
+                self._endpoint_fed = False
+                self._spread()
+                self._tell(now_ns)
             down: list[Event] = []
-            for child in self._children:
-                for effect in child.machine.take_effects():
-                    if isinstance(effect, Send):
-                        down.append(effect.event)
-                    elif isinstance(effect, Event):
-                        down.append(effect)
-                    else:
-                        self._effects.append(effect)
+            for seat in self._seats:
+                if seat.fed:
+                    seat.fed = False
+                    self._collect(seat, down)
             if not down:
                 return
             self._endpoint.receive(down, now_ns)
+            self._endpoint_fed = True
 
-    def _spread(self, now_ns: int) -> None:
-        """What the endpoint says: to the children whom it concerns, and to the shell."""
-        told: list[list[Event]] = [[] for _ in self._children]
-        for effect in self._endpoint.take_effects():
-            kind = type(effect)
-            if kind not in _FOR_CHILDREN:
+    def _collect(self, seat: _Seat, down: list[Event]) -> None:
+        """What a child says: for the endpoint, and for the shell."""
+        machine = seat.child.machine
+        for effect in machine.take_effects():
+            if isinstance(effect, Send):
+                down.append(effect.event)
+            elif isinstance(effect, Event):
+                down.append(effect)
+            else:
                 self._effects.append(effect)
-                continue
-            owner = None
+        seat.timer_ns = machine.next_timer()
+
+    def _spread(self) -> None:
+        """What the endpoint says: for the children whom it concerns, and for the shell."""
+        for effect in self._endpoint.take_effects():
             if isinstance(effect, DeliverRun | RoomChanged):
                 owner = self._claimed.get(effect.channel)
             elif isinstance(effect, DeliverDatagram):
                 owner = self._claimed.get(effect.topic)
-            if owner is None:
+            else:
+                owner = None
+                if type(effect) in _FOR_ALL:
+                    for seat in self._seats:
+                        self._hear(seat, effect)
+            if owner is not None:
+                self._hear(owner, effect)
+            else:
                 self._effects.append(effect)
-            if owner is None and isinstance(effect, DeliverRun | RoomChanged | DeliverDatagram):
-                continue
-            for events, child in zip(told, self._children, strict=True):
-                if owner is None or owner is child:
-                    heard = child.hears(effect)
-                    if heard is not None:
-                        events.append(heard)
-        for events, child in zip(told, self._children, strict=True):
-            if events:
-                child.machine.receive(events, now_ns)
+
+    def _hear(self, seat: _Seat, effect: Effect) -> None:
+        heard = seat.child.hears(effect)
+        if heard is not None:
+            seat.told.append(heard)
+
+    def _tell(self, now_ns: int) -> None:
+        for seat in self._seats:
+            if seat.told:
+                told, seat.told = seat.told, []
+                seat.child.machine.receive(told, now_ns)
+                seat.fed = True

@@ -264,6 +264,15 @@ class Session:
         due = [item for item in self.connections.values() if item.ack_ns is not None]
         if any(connection.liveness.timeouts for connection in due):
             due = list(self.connections.values())
+        self._acknowledge(due)
+
+    def _ride(self, active: Connection) -> None:
+        """Data goes out on ``active``: an acknowledgement that is soon due goes along, if nothing is owed elsewhere."""
+        if active.liveness.timeouts or any(item.ack_ns is not None for item in self.connections.values() if item is not active):
+            return
+        self._acknowledge([active])
+
+    def _acknowledge(self, due: Sequence[Connection]) -> None:
         for connection in due:
             connection.put(self._encode_ack(connection), eliciting=connection.ack_eliciting)
             connection.ack_ns = None
@@ -284,6 +293,8 @@ class Session:
         if active is None:
             return
         sent = self._fill(active)
+        if sent and active.ack_ns is not None and active.ack_ns <= now_ns + ACK_DELAY_NS // 2:
+            self._ride(active)
         if self._hedge_budget < HEDGE_BYTES or self.hedge is not None:
             self._refill(sent, now_ns)
         if self.hedge is not None:
@@ -327,6 +338,10 @@ class Session:
             and channel.is_small()
             and connection.cursors.get(channel.handle, 0) == channel.top
         )
+
+    def may_send(self) -> bool:
+        """Whether room on a connection may let more go out."""
+        return any(self._busy) or bool(self._waiting) or self.hedge is not None or bool(self._redundant)
 
     def flushed(self) -> None:
         """A writer has less to write, or none of this may wait any longer."""

@@ -85,7 +85,7 @@ class Aam:
     async def run(self) -> None:
         self._host_machine, endpoint = await self._build()
         self._driver = Driver(NodeMachine(endpoint, [host_child(self._host_machine)]), self._perform)
-        self._calls = DatabaseCalls(self._driver.post)
+        self._calls = DatabaseCalls(self._driver.post, self._driver.call)
         self._records = RecordShell(self._store, self._driver.step)
         self._endpoint = endpoint_shell(self._config, self._driver, self._guard_datagram)
         self._service = AamService(self._config, self._host_machine, endpoint, self._calls)

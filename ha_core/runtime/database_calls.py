@@ -78,10 +78,11 @@ class WatchQueue:
 
 
 class DatabaseCalls:
-    """``post`` takes events to the machine, ``handle`` its effects to the tasks."""
+    """``post`` and ``call`` take events to the machine, ``handle`` its effects to the tasks."""
 
-    def __init__(self, post: Callable[[Event], None]) -> None:
+    def __init__(self, post: Callable[[Event], None], call: Callable[[Event], None]) -> None:
         self._post = post
+        self._call = call
         self._next = 0
         self._waiting: dict[int, trio.lowlevel.Task] = {}
         self._replies: dict[int, DatabaseOutcome] = {}
@@ -101,7 +102,7 @@ class DatabaseCalls:
         self._next += 1
         number = self._next
         self._waiting[number] = trio.lowlevel.current_task()
-        self._post(DatabaseRequest(number, operation, ns(timeout_s), identity))
+        self._call(DatabaseRequest(number, operation, ns(timeout_s), identity))
 
         def abort(_: object) -> trio.lowlevel.Abort:
             del self._waiting[number]

@@ -1,7 +1,7 @@
 """Runs one machine under trio: collects events into batches, keeps its timer, hands its effects to ``perform``.
 
-``post`` defers, so that what many tasks ask for in one tick, or one task in a row of awaited calls, is one batch; ``step`` feeds
-at once, for a reader that has a whole batch in its hand.
+``post`` defers, so that what many tasks ask for in one tick, or one task in a row of awaited calls, is one batch; ``call`` waits
+for the next tick only, for tasks that wait for an answer; ``step`` feeds at once, for a reader that has a whole batch in its hand.
 """
 
 from __future__ import annotations
@@ -36,14 +36,23 @@ class Driver:
         self._perform = perform
         self._events: list[Event] = []
         self._timer_ns: int | None = None
+        self._asleep_until_ns: int | None = 0
+        """A timer that is put off and set again in the meantime wakes nobody; 0: awake."""
         self._wake = trio.Event()
         self._feeding = False
         self._posts = 0
+        self._called = False
 
     def post(self, *events: Event) -> None:
         """Queue events for the next tick; from the trio thread only."""
         self._events.extend(events)
         self._posts += 1
+        self._wake.set()
+
+    def call(self, *events: Event) -> None:
+        """``post`` for a task that waits for the answer: what all such tasks ask for in this tick is fed in the next one."""
+        self._events.extend(events)
+        self._called = True
         self._wake.set()
 
     def step(self, *events: Event) -> None:
@@ -65,27 +74,31 @@ class Driver:
         self._perform(effects)
 
     def wake_at(self, when_ns: int | None) -> None:
-        if when_ns != self._timer_ns:
-            earlier = when_ns is not None and (self._timer_ns is None or when_ns < self._timer_ns)
-            self._timer_ns = when_ns
-            if earlier:
-                self._wake.set()
+        self._timer_ns = when_ns
+        if when_ns is not None and (self._asleep_until_ns is None or when_ns < self._asleep_until_ns):
+            self._wake.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the machine until cancelled."""
         self.step()
         task_status.started()
         while True:
-            timer_ns = self._timer_ns
             posts = self._posts
             if not self._events:
-                wait_s = float("inf") if timer_ns is None else max(0.0, (timer_ns - now_ns()) / 1e9)
-                with trio.move_on_after(wait_s):
-                    await self._wake.wait()
-            if self._posts != posts or self._events:
+                await self._sleep()
+            if not self._called and (self._posts != posts or self._events):
                 await self._settle()
+            self._called = False
             self._wake = trio.Event()
             self.step(*(self._collect() if self._collect is not None else ()))
+
+    async def _sleep(self) -> None:
+        """Until something is posted or the timer is due."""
+        self._asleep_until_ns = timer_ns = self._timer_ns
+        wait_s = float("inf") if timer_ns is None else max(0.0, (timer_ns - now_ns()) / 1e9)
+        with trio.move_on_after(wait_s):
+            await self._wake.wait()
+        self._asleep_until_ns = 0
 
     async def _settle(self) -> None:
         """Until nothing more is posted, within bounds; two ticks at least, because tasks of one tick run in any order."""

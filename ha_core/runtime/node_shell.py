@@ -81,7 +81,7 @@ class Node:
         self._room = trio.Event()
         self._room_waiters = 0
         self._peers: dict[NodeId, Mapping[LinkName, str]] = {}
-        self.calls = DatabaseCalls(self.post)
+        self.calls = DatabaseCalls(self.post, self.call)
         self.database = Database(self.calls, nursery, lock_ttl_s=config.profile.lease_s)
         self._sessions = Sessions(self.post, endpoint.has_room)
         self._deliveries = None if store is None else Deliveries(store, self.name, self.post, self.emit, self.fail)
@@ -250,6 +250,11 @@ class Node:
         """Give events to the node's machine."""
         if self._driver is not None:
             self._driver.post(*events)
+
+    def call(self, *events: Event) -> None:
+        """The same for a task that waits for the answer."""
+        if self._driver is not None:
+            self._driver.call(*events)
 
     def collect(self) -> Sequence[Event]:
         return self._sessions.collect()

@@ -39,7 +39,7 @@ class TrioNode:
         self.node = node
         self.machine = machine
         self.driver = Driver(machine, self._perform)
-        self.calls = DatabaseCalls(self.driver.post)
+        self.calls = DatabaseCalls(self.driver.post, self.driver.call)
         self.records: RecordShell | None = None
         self.failure: HAError | None = None
         self.scope = trio.CancelScope()

@@ -388,7 +388,7 @@ async def test_a_store_that_fails_stops_its_node_and_the_others_go_on(tmp_path: 
 
 
 async def test_calls_raise_once_the_node_has_failed() -> None:
-    calls = DatabaseCalls(lambda *events: None)
+    calls = DatabaseCalls(lambda *events: None, lambda *events: None)
 
     async def ask() -> None:
         with pytest.raises(NodeFailedError, match="gone"):
