@@ -5,7 +5,8 @@ Rules:
 * One connection and one thread per file, locked exclusively for as long as it is open (SQLite before 3.51.3 can corrupt a
   WAL database that two connections write). WAL, synchronous=FULL: a commit that returned is on the disk.
 * A file says whose it is (application_id) and how its rows are laid out (user_version); another one is refused untouched.
-* A WAL file that is still there was left by a process that did not close: the database is then checked before use.
+* A WAL file that is still there was left by a process that did not close: the database is then checked, and the WAL copied
+  back into it, before use.
 """
 
 from __future__ import annotations
@@ -132,27 +133,47 @@ def _has_wal(path: Path) -> bool:
 def _prepare(database: sqlite3.Connection, path: Path, kind: FileKind, unclean: bool, max_page_count: int | None) -> bool:
     execute = database.execute
     execute("PRAGMA locking_mode=EXCLUSIVE")
+    _judge(execute, path, kind)  # before anything is written: the journal mode is kept in the file
     mode = execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
         raise StorageError(f"{path}: SQLite offers journal mode {mode!r} here, wal is needed: use a local file system")
     execute("PRAGMA synchronous=FULL")
     execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
     execute("BEGIN IMMEDIATE")  # takes the exclusive lock and keeps it
-    empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+    empty = _judge(execute, path, kind)
     execute("COMMIT")
-    found = execute("PRAGMA application_id").fetchone()[0]
-    version = execute("PRAGMA user_version").fetchone()[0]
-    if empty and found == 0:
+    if empty:
         _create(execute, kind)
-    elif found != kind.application_id:
-        raise StorageError(f"{path}: is no {kind.name} of ha-core (application id {found:#010x}): give another path")
-    elif version != kind.version:
-        raise StorageError(f"{path}: is a {kind.name} of version {version}, this ha-core reads {kind.version}")
-    elif unclean and (text := execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise CorruptRecordError(f"{path}: damaged ({text}): restore it, or remove it to join anew")
+    elif unclean:
+        if (text := execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise CorruptRecordError(f"{path}: damaged ({text}): restore it, or remove it to join anew")
+        _copy_back(execute)
     if max_page_count is not None:
         execute(f"PRAGMA max_page_count={int(max_page_count)}")
-    return bool(empty)
+    return empty
+
+
+def _judge(execute: Callable[[str], sqlite3.Cursor], path: Path, kind: FileKind) -> bool:
+    """True if the file is empty; raises StorageError if it is not ours."""
+    found = execute("PRAGMA application_id").fetchone()[0]
+    version = execute("PRAGMA user_version").fetchone()[0]
+    if found == 0 and execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+        return True
+    if found != kind.application_id:
+        raise StorageError(f"{path}: is no {kind.name} of ha-core (application id {found:#010x}): give another path")
+    if version != kind.version:
+        raise StorageError(f"{path}: is a {kind.name} of version {version}, this ha-core reads {kind.version}")
+    return False
+
+
+def _copy_back(execute: Callable[[str], sqlite3.Cursor]) -> None:
+    """Write what the WAL holds into the database and flush it, before anything follows it: if it was a failed flush that ended
+    the last owner, the WAL may read well out of the page cache and yet not be on the disk (M7)."""
+    try:
+        execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.Error as exc:
+        if code_of(exc) != sqlite3.SQLITE_FULL:  # a full disk must not keep a store from being opened
+            raise
 
 
 def _create(execute: Callable[[str], sqlite3.Cursor], kind: FileKind) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -163,14 +165,35 @@ async def test_other_files_and_versions_are_refused(tmp_path: Path, pragma: str,
 
 
 async def test_foreign_database_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "node.db"
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE theirs (a)")
-    db.close()
+    path = tmp_path / "theirs.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE theirs (x)")
+        db.commit()
+    before = path.read_bytes()
 
-    with pytest.raises(StorageError, match="is no record store"):
+    with pytest.raises(StorageError, match="is no record store of ha-core"):
         async with SqliteEngine().open(str(path), {}):
             pass
+
+    assert path.read_bytes() == before, "not even its journal mode"
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+async def test_what_an_unclean_end_left_in_the_wal_is_written_anew_before_anything_follows_it(tmp_path: Path) -> None:
+    """After a failed flush the WAL may read well, out of the page cache, and yet not be on the disk."""
+    left, alone = tmp_path / "left.db", tmp_path / "alone.db"
+    async with SqliteEngine().open(str(tmp_path / "node.db"), {}) as store:
+        await store.recover()
+        await store.append([b"kept"])
+        for suffix in ("", "-wal"):
+            shutil.copy(tmp_path / f"node.db{suffix}", f"{left}{suffix}")
+
+    async with SqliteEngine().open(str(left), {}) as store:
+        assert list((await store.recover()).records) == [b"kept"]
+        shutil.copy(left, alone)
+
+    async with SqliteEngine().open(str(alone), {}) as store:
+        assert list((await store.recover()).records) == [b"kept"]
 
 
 async def test_unknown_option_and_missing_folder_are_named(tmp_path: Path) -> None:
