@@ -4,8 +4,9 @@ Nothing is remembered between two plans: each step is derived from the records, 
 one died (H8). A plan asks only for what may be done now; what waits is listed with its reason.
 
 Order of starts (I48): by priority (a VM that others depend on has the highest priority of theirs), then by name. A VM starts
-only once all that it depends on are *up* (H11). The next lower priority is issued once the higher ones are seen starting, or
-after ``tier_ns``: a host that just died must not hold up the rest. Who waits for a dependency keeps its place reserved.
+only once all that it depends on are *up*, on hosts that live (H11). The next lower priority is issued once the higher ones are
+seen starting, or after ``tier_ns``: a host that just died must not hold up the rest. Who waits for a dependency keeps its place
+reserved.
 
 Placement: where a rule, an order or a retry wants it; else on the host with the most free capacity, ties by name. Running VMs
 move only because a rule, a maintenance or an administrator wants it, and only once their new place is known.
@@ -82,6 +83,7 @@ def effective_priorities(vms: dict[VmName, Vm]) -> dict[VmName, int]:
 class _Planner:
     def __init__(self, inventory: Inventory, fresh: Collection[HostName], tier_ns: int, now_ns: int) -> None:
         self.inventory = inventory
+        self.fresh = fresh
         self.now_ns = now_ns
         self.tier_ns = tier_ns
         self.commands: list[Command] = []
@@ -158,8 +160,9 @@ class _Planner:
         return highest
 
     def _up(self, name: VmName) -> bool:
+        """Up, and its host was heard of a moment ago: else it may have gone with its host, and nobody knows yet (H11)."""
         run = self.inventory.runs.get(name)
-        return self.inventory.vms[name].wanted is Wanted.IGNORED or (run is not None and run.up)
+        return self.inventory.vms[name].wanted is Wanted.IGNORED or (run is not None and run.up and run.host in self.fresh)
 
     def _may_start(self, vm: Vm, run: Run) -> bool:
         """Whether its last run is over, and the time for the next try has come."""

@@ -118,6 +118,19 @@ def test_a_vm_waits_until_what_it_depends_on_is_up() -> None:
     assert [vm for vm, _ in assigned(log)] == ["web"]
 
 
+def test_what_ran_on_a_host_that_nobody_has_heard_of_is_not_taken_for_up() -> None:
+    """Found by a scenario: after a power cut of all hosts a VM started before the one that it depends on, whose host was still
+    off: the record of its run was as it had been before."""
+    log = Log(hosts=3)
+    log.add_vm("db")
+    log.add_vm("app", after=("db",))
+    log.start("db", "h1")
+
+    assert assigned(log, fresh="h2 h3") == []
+    assert waits(log, fresh="h2 h3") == {"app": "until db is up"}
+    assert assigned(log, fresh="h1 h2 h3") == [("app", "h2")]
+
+
 def test_what_others_depend_on_has_their_priority() -> None:
     log = Log(hosts=2)
     log.add_vm("middle", priority=Priority.MEDIUM)
