@@ -163,3 +163,22 @@ def test_no_bare_except_and_nobody_catches_bugs() -> None:
                     bad.append(f"{path.relative_to(ROOT)}:{node.lineno}: catches {caught}")
 
     assert bad == []
+
+
+@pytest.mark.parametrize("folder", CODE)
+def test_every_module_says_what_it_is_for(folder: str) -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in modules(folder)
+        if path.name not in ("__main__.py", "_version.py") and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+
+    assert silent == []
+
+
+def test_rooms_that_the_map_names_are_there() -> None:
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_*]*(?:\.py)?)`", (ROOT / "docs/architecture.md").read_text())
+    missing = [name for name in named if not any(list(base.glob(name.rstrip("/"))) for base in (ROOT, ROOT / "ha_core"))]
+
+    assert missing == []
+    assert len(named) > 30

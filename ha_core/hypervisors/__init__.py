@@ -1,0 +1,1 @@
+"""Drivers that start, stop and list VMs for vpxa."""

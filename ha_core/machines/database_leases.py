@@ -1,4 +1,4 @@
-"""When leases run out, as the leader counts (rules L2, L3, L5 and L6 of design.md 6, for the database's own leases).
+"""When leases run out, as the leader counts (rules L2, L3, L5 and L6 of docs/guarantees.md, for the database's own leases).
 
 Renewals live in the leader's memory only. A lease whose end was proposed is never renewed again, whatever becomes of the
 proposal. A new leader counts the leases that it finds from the last moment at which an earlier leader can have confirmed one.

@@ -1,0 +1,1 @@
+"""The agents' processes: aam and vpxa, what they remember on disk, and VMAP between them."""

@@ -1,0 +1,1 @@
+"""What proves that somebody belongs to the cluster: its key, and how the key travels to a new host."""

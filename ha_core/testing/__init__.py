@@ -1,0 +1,1 @@
+"""For users' tests as well as ours: simulator, campaigns, scenarios, conformance suites, cable relays, checkers of histories."""

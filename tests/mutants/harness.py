@@ -33,7 +33,7 @@ _WORKER = (
 
 @attrs.frozen(kw_only=True)
 class Mutant:
-    """A planted bug of docs/pitfalls: in ``file`` (below ``ha_core/``, ``storage/`` or ``transports/``), ``old`` (found exactly
+    """A planted bug of docs/pitfalls.md: in ``file`` (below ``ha_core/``, ``storage/`` or ``transports/``), ``old`` (found exactly
     once) becomes ``new``; that must violate ``invariant`` in ``campaign`` (``seed`` is remembered) or in the test ``test``."""
 
     name: str
