@@ -65,16 +65,16 @@ def _is_stranger(error: HAError) -> bool:
     return isinstance(error, RemoteProtocolError) and error.code == "key"
 
 
-async def call_host(address: str, key: bytes, method: str, /, **params: object) -> object:
-    """Ask this very vpxa.
+async def call_host(address: str, key: bytes, method: str, /, limit_s: float = ATTEMPT_S, **params: object) -> object:
+    """Ask this very vpxa; it may take ``limit_s``.
 
     Raises:
         TransportError: nobody answers there.
         HAError: what it answered.
     """
     try:
-        with trio.fail_after(ATTEMPT_S):
+        with trio.fail_after(limit_s):
             async with dial_rpc(address, key=key) as client:
                 return await client.call(method, **params)
     except trio.TooSlowError as exc:
-        raise TransportError(f"{address}: no answer in {ATTEMPT_S:g} s") from exc
+        raise TransportError(f"{address}: no answer in {limit_s:g} s") from exc

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TypeVar, cast
@@ -11,12 +12,16 @@ import attrs
 import trio
 
 from ha_core.center.hosts import Hosts, call_host
+from ha_core.center.tables import Row, View, host_rows, notes, path_rows, vm_rows, waiting_of
 from ha_core.errors import CompactedError, HAError, OperationFailedError, RemoteProtocolError
 from ha_core.ids import HostName, VmName
+from ha_core.machines.explain import explain_host, explain_vm, sentence, story
 from ha_core.machines.failover import commands
 from ha_core.machines.failover.commands import Command, Outcome
+from ha_core.machines.failover.inventory import Inventory
+from ha_core.machines.failover.planner import Waiting
 from ha_core.machines.failover.records import (
-    Decision,
+    PREFIX,
     Host,
     HostState,
     Lease,
@@ -37,6 +42,8 @@ R = TypeVar("R", bound=Record)
 E = TypeVar("E", bound=Enum)
 Answer = dict[str, object]
 
+VIEW_S = 1.0
+"""How long one host may take to say how it is: all are asked at once, and a table shall not wait long for the dead."""
 GONE_S = 12.0
 """How long a removed host may take to stop being a member: a change of leader and two changes of the configuration."""
 LOOK_S = 0.2
@@ -72,41 +79,68 @@ class Center:
 
     # -- asking the cluster --
 
-    async def _command(self, command: Command) -> Outcome:
-        """Raises OperationFailedError with the database's reason."""
+    async def _command(self, about: str, command: Command) -> Outcome:
+        """Raises OperationFailedError: whom or what the command is ``about``, and the database's reason."""
         answer = await self._hosts.call("cluster.call", name=command.name, args=list(command.args()))
         outcome = Outcome.decode(tuple(cast(Sequence[Plain], answer)))
         if not outcome.done:
-            raise OperationFailedError(outcome.reason)
+            raise OperationFailedError(f"{about}: {outcome.reason}")
         return outcome
 
-    async def _records(self, kind: type[R]) -> list[R]:
-        """All of a kind, as they were at one revision."""
-        found: list[R] = []
-        after, at = b"", 0
+    async def _read(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
+        """All records under a prefix, as they were at one revision."""
+        found: list[tuple[bytes, bytes]] = []
+        at = 0
         while True:
+            after = found[-1][0] if found else b""
             try:
-                answer = cast(Answer, await self._hosts.call("cluster.read", prefix=kind.prefix(), after=after, at=at))
+                answer = cast(Answer, await self._hosts.call("cluster.read", prefix=prefix, after=after, at=at))
             except CompactedError:  # much has changed since the first page
-                found, after, at = [], b"", 0
+                found, at = [], 0
                 continue
-            page = cast(Sequence[tuple[bytes, bytes]], answer["records"])
-            found += [kind.decode(value) for _, value in page]
+            found += [(key, value) for key, value in cast(Sequence[tuple[bytes, bytes]], answer["records"])]
             if not answer["more"]:
                 return found
-            after, at = page[-1][0], cast(int, answer["revision"])
+            at = cast(int, answer["revision"])
+
+    async def _records(self, kind: type[R]) -> list[R]:
+        return [kind.decode(value) for _, value in await self._read(kind.prefix())]
+
+    async def _views(self, hosts: Sequence[Host]) -> Mapping[HostName, View | str]:
+        """What each of these hosts says of itself, all asked at once; a text for those that do not answer."""
+        views: dict[HostName, View | str] = {}
+
+        async def ask(host: Host) -> None:
+            try:
+                views[host.name] = cast(View, await call_host(host.management, self._key, "cluster.status", limit_s=VIEW_S))
+            except HAError as exc:
+                views[host.name] = str(exc)
+
+        self._hosts.learn([host.management for host in hosts])
+        async with trio.open_nursery() as nursery:
+            for host in hosts:
+                nursery.start_soon(ask, host)
+        return views
 
     # -- the cluster --
 
     async def _status(self, call: Call) -> Answer:
-        status = cast(Answer, await self._hosts.call("cluster.status"))
-        hosts = await self._list_hosts(call)
-        return {**status, "hosts": hosts, "vms": await self._list_vms(call)}
+        status, hosts = await self._members(), await self._records(Host)
+        views = await self._views(hosts)
+        (settings,) = await self._records(Settings) or [Settings()]
+        return {
+            **status, "mode": settings.mode.value, "notes": notes(status, hosts, settings),
+            "hosts": host_rows(hosts, await self._records(Lease), status, views),
+            "vms": vm_rows(await self._records(Vm), await self._records(Run), waiting_of(views.values())),
+        }  # fmt: skip
+
+    async def _members(self) -> Answer:
+        return cast(Answer, await self._hosts.call("cluster.status"))
 
     async def _mode(self, call: Call) -> Answer:
         mode = _choice(call, "mode", Mode)
         (settings,) = await self._records(Settings) or [Settings()]
-        await self._command(commands.SetSettings.of(attrs.evolve(settings, mode=mode)))
+        await self._command("the cluster", commands.SetSettings.of(attrs.evolve(settings, mode=mode)))
         return {"mode": mode.value}
 
     # -- hosts --
@@ -124,14 +158,15 @@ class Center:
             name, tuple(sorted(links.items())), cast(int, info["cpu_mhz"]), cast(int, info["memory_mib"]),
             management=address, containment=cast(str, info["containment"]),
         )  # fmt: skip
-        await self._command(commands.RegisterHost.of(host))
-        status = cast(Answer, await self._hosts.call("cluster.status"))
+        await self._command(name, commands.RegisterHost.of(host))
+        status = await self._members()
         if not joined:
             sealed = seal(token, self._key)
             await call_host(
                 address, token, "host.join", cluster=status["cluster"], sealed=sealed, primaries=status["primaries"]
             )  # fmt: skip
-        return {"name": name, "primaries": status["primaries"]}
+        known = notes(status, await self._records(Host), Settings())
+        return {"name": name, "primaries": status["primaries"], "was_member": joined, "notes": known}
 
     async def _info_of(self, address: str, token: bytes) -> tuple[Answer, bool]:
         """What a host says of itself, and whether it holds our key already: the answer to an earlier request may be lost."""
@@ -151,41 +186,12 @@ class Center:
         if known is not None and known.management != address and held:
             raise OperationFailedError(f"{name} is registered at {known.management} and alive: remove it first")
 
-    async def _list_hosts(self, call: Call) -> list[Answer]:
-        status = cast(Answer, await self._hosts.call("cluster.status"))
-        leases = {lease.host: lease for lease in await self._records(Lease)}
-        hosts = await self._records(Host)
-        self._hosts.learn([host.management for host in hosts])
-        primaries, learners = cast(list[str], status["voters"]), cast(list[str], status["learners"])
-        rows: list[Answer] = []
-        for host in hosts:
-            node = f"aam@{host.name}"
-            lease = leases.get(host.name)
-            role = "primary" if node in primaries else "secondary" if node in learners else "not joined"
-            rows.append({
-                "name": host.name, "state": host.state.value, "role": "active primary" if node == status["leader"] else role,
-                "links": dict(host.addresses), "management": host.management, "cpu_mhz": host.cpu_mhz,
-                "memory_mib": host.memory_mib, "containment": host.containment, "lease": lease.token if lease else 0,
-                "lease_state": "none" if lease is None else "revoked" if lease.revoked else "held",
-            })  # fmt: skip
-        return rows
+    async def _list_hosts(self, call: Call) -> list[Row]:
+        status, hosts = await self._members(), await self._records(Host)
+        return host_rows(hosts, await self._records(Lease), status, await self._views(hosts))
 
-    async def _list_paths(self, call: Call) -> list[Answer]:
-        """Every path of every host that answers, as that host sees it."""
-        rows: list[Answer] = []
-
-        async def ask(host: Host) -> None:
-            try:
-                status = cast(Answer, await call_host(host.management, self._key, "cluster.status"))
-            except HAError as exc:
-                rows.append({"host": host.name, "peer": "", "link": "", "state": f"no answer: {exc}", "rtt_ms": ""})
-                return
-            rows.extend({"host": host.name, **path} for path in cast(list[Answer], status["paths"]))
-
-        async with trio.open_nursery() as nursery:
-            for host in await self._records(Host):
-                nursery.start_soon(ask, host)
-        return sorted(rows, key=lambda row: (str(row["host"]), str(row["peer"]), str(row["link"])))
+    async def _list_paths(self, call: Call) -> list[Row]:
+        return path_rows(await self._views(await self._records(Host)))
 
     async def _remove_host(self, call: Call) -> Answer:
         """Take it from the registered hosts, wait until it is a member no longer, and tell it to leave."""
@@ -197,7 +203,7 @@ class Center:
         if not hosts:
             raise OperationFailedError(f"{name} is the only host of the cluster: there would be nothing left")
         self._hosts.learn([host.management for host in hosts.values()])
-        await self._command(commands.RemoveHost(name))
+        await self._command(name, commands.RemoveHost(name))
         # Its own replica may never hear that it is a member no longer: from here on only the others are asked.
         self._hosts.forget(known.management)
         try:
@@ -219,8 +225,9 @@ class Center:
 
     async def _maintenance(self, call: Call) -> Answer:
         state = HostState.MAINTENANCE if call.params.get("on") else HostState.ONLINE
-        await self._command(commands.SetHostState(HostName(call.text("name")), state))
-        return {"state": state.value}
+        name = HostName(call.text("name"))
+        await self._command(name, commands.SetHostState(name, state))
+        return {"name": name, "state": state.value}
 
     # -- virtual machines --
 
@@ -239,40 +246,68 @@ class Center:
             )  # fmt: skip
         except (TypeError, ValueError, KeyError) as exc:
             raise RemoteProtocolError(f"vm.add: {exc}", code="params") from exc
-        await self._command(commands.DefineVm.of(vm))
-        return {"name": vm.name}
+        known = {one.name for one in await self._records(Vm)}
+        await self._check_vm(vm, known)
+        await self._command(vm.name, commands.DefineVm.of(vm))
+        return {"name": vm.name, "was_known": vm.name in known}
+
+    async def _check_vm(self, vm: Vm, known: Collection[str]) -> None:
+        """The mistakes that the database would accept, and that nobody would notice before it is too late."""
+        if not _VM_NAME.fullmatch(vm.name):
+            raise OperationFailedError(f"{vm.name!r} is no name of a VM: expected letters, digits, '.', '_', '-', at most 63")
+        if vm.cpu_mhz < 0 or vm.memory_mib < 0 or min(vm.shutdown_ns, vm.stop_ns, vm.start_ns) < -1:
+            raise OperationFailedError(f"{vm.name}: its capacity and its times cannot be negative")
+        missing = [name for name in vm.after if name not in known and name != vm.name]
+        if missing:
+            raise OperationFailedError(f"{vm.name}: cannot wait for {', '.join(missing)}: there is no such VM; add it first")
+        hosts = [host.name for host in await self._records(Host)] if vm.host else []
+        if vm.host and vm.host not in hosts:
+            raise OperationFailedError(f"{vm.name}: there is no host {vm.host}; there are {', '.join(hosts)}")
 
     async def _remove_vm(self, call: Call) -> Answer:
-        await self._command(commands.RemoveVm(VmName(call.text("name"))))
-        return {}
+        name = VmName(call.text("name"))
+        if name not in {vm.name for vm in await self._records(Vm)}:
+            raise OperationFailedError(f"{name}: there is no such VM")
+        await self._command(name, commands.RemoveVm(name))
+        return {"name": name}
 
     async def _want_vm(self, call: Call) -> Answer:
         wanted = _choice(call, "wanted", Wanted)
-        await self._command(commands.WantVm(VmName(call.text("name")), wanted))
-        return {"wanted": wanted.value}
+        name = VmName(call.text("name"))
+        await self._command(name, commands.WantVm(name, wanted))
+        return {"name": name, "wanted": wanted.value}
 
     async def _move_vm(self, call: Call) -> Answer:
-        await self._command(commands.MoveVm(VmName(call.text("name")), HostName(call.text("host"))))
-        return {}
+        name, host = VmName(call.text("name")), HostName(call.text("host"))
+        await self._command(f"{name} to {host}", commands.MoveVm(name, host))
+        return {"name": name, "host": host}
 
-    async def _list_vms(self, call: Call) -> list[Answer]:
-        runs = {run.vm: run for run in await self._records(Run)}
-        rows: list[Answer] = []
-        for vm in await self._records(Vm):
-            run = runs.get(vm.name)
-            rows.append({
-                "name": vm.name, "wanted": vm.wanted.value, "priority": vm.priority.name.lower(), "after": list(vm.after),
-                "host": run.host if run and not run.free else "", "token": run.token if run else 0,
-                "state": "stopped" if run is None else "failed" if run.failed else run.state.value,
-                "why": run.why if run else "", "text": run.text if run else "",
-            })  # fmt: skip
-        return rows
+    async def _list_vms(self, call: Call) -> list[Row]:
+        return vm_rows(await self._records(Vm), await self._records(Run), await self._waiting(await self._records(Host)))
 
-    async def _explain(self, call: Call) -> list[Answer]:
-        """The decisions about a VM or a host, oldest first."""
-        vm, host = call.text("vm", ""), call.text("host", "")
-        found = [one for one in await self._records(Decision) if (not vm or one.vm == vm) and (not host or one.host == host)]
-        return [attrs.asdict(one) for one in sorted(found, key=lambda one: one.number)]
+    async def _waiting(self, hosts: Sequence[Host]) -> Sequence[Waiting]:
+        """Only the coordinator knows: the active primary, if it can be reached from here."""
+        status = await self._members()
+        leads = [host for host in hosts if status["leader"] == f"aam@{host.name}"]
+        return waiting_of((await self._views(leads)).values())
+
+    async def _explain(self, call: Call) -> Answer:
+        """``lines`` for people, ``decisions`` for programs, oldest first: about a VM, about a host, or all that is kept."""
+        vm, host = VmName(call.text("vm", "")), HostName(call.text("host", ""))
+        if vm and host:
+            raise RemoteProtocolError("explain: a VM or a host, not both", code="params")
+        inventory = Inventory()
+        inventory.restore(0, await self._read(PREFIX), 0)
+        told = story(inventory.decisions.values(), vm=vm, host=host)
+        if vm:
+            lines = explain_vm(inventory, vm, await self._waiting(list(inventory.hosts.values())))
+        elif host:
+            lines = explain_host(inventory, host)
+        else:
+            lines = [sentence(one) for one in told]
+        if not told and vm not in inventory.vms and host not in inventory.hosts and (vm or host):
+            raise OperationFailedError(lines[-1])
+        return {"lines": lines, "decisions": [attrs.asdict(one) for one in told]}
 
 
 def _choice(call: Call, name: str, kind: type[E]) -> E:
@@ -284,6 +319,7 @@ def _choice(call: Call, name: str, kind: type[E]) -> E:
         raise RemoteProtocolError(f"{call.method}: {name}: expected one of {known}, found {value!r}", code="params") from None
 
 
+_VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TIMES = ("shutdown", "stop", "start")
 
 

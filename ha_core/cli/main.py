@@ -15,12 +15,12 @@ from ha_core.errors import HAError, leaves
 _COMMANDS: Mapping[str, tuple[str, str]] = {
     "agent": ("ha_core.cli.agent:agent", "Run this host's agents: guard, aam and vpxa."),
     "center": ("ha_core.cli.center:center", "Run the management server."),
-    "cluster": ("ha_core.cli.cluster:cluster", "Create a cluster; show its state."),
+    "cluster": ("ha_core.cli.cluster:cluster", "Create a cluster; show its state; arm and disarm it."),
     "demo": ("ha_core.cli.demo:demo", "Start a real cluster on this machine, break it, and show that it held."),
     "explain": ("ha_core.cli.cluster:explain", "Say why a VM was started where it is, or why a host was fenced."),
-    "host": ("ha_core.cli.cluster:host", "Add and list hosts."),
+    "host": ("ha_core.cli.hosts:host", "Add, list, drain and remove hosts."),
     "simulate": ("ha_core.cli.simulate:simulate", "Play scenarios or campaigns of the whole cluster in virtual time."),
-    "vm": ("ha_core.cli.cluster:vm", "Add, start, stop and list VMs."),
+    "vm": ("ha_core.cli.vms:vm", "Add, start, stop, move and list VMs."),
 }
 
 

@@ -120,7 +120,8 @@ class AamService:
             "revision": database.state.revision,
             "hash": database.state.state_hash().hex(),
             "leases": {name: "revoked" if lease.revoked else "held" for name, lease in sorted(aam.inventory.leases.items())},
-            "verdict": self.verdict,
+            "verdict": aam.isolation.verdict.value,
+            "verdict_reason": aam.isolation.reason,
             "coordinating": aam.coordinating,
             "waiting": [[str(one.vm), one.reason] for one in aam.waiting],
             "paths": [

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ha_core.cli.cluster import _show
+from ha_core.cli.asking import show
+from ha_core.cli.hosts import show_hosts
 from ha_core.cli.main import cli, main
+from ha_core.cli.vms import show_vms
 
 
 @pytest.fixture
@@ -47,7 +49,9 @@ def test_a_center_that_is_not_there_is_one_line(
     assert line.startswith("ha-core: 127.0.0.1:1: nobody answers")
 
 
-@pytest.mark.parametrize("words", [("host", "list", "--center"), ("center", "--listen")])
+@pytest.mark.parametrize(
+    "words", [("host", "list", "--center"), ("center", "--vpxa", "127.0.0.1:1", "--listen"), ("center", "--vpxa")]
+)
 def test_an_address_that_is_none_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str, words: tuple[str, ...]
 ) -> None:
@@ -58,10 +62,40 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
 
-        assert f"{address}: cannot listen" in fails(monkeypatch, capsys, "center", "--listen", address, "--key", key)
+        assert f"{address}: cannot listen" in fails(
+            monkeypatch, capsys, "center", "--listen", address, "--key", key, "--vpxa", "127.0.0.1:1"
+        )  # fmt: skip
+
+
+def test_a_center_that_knows_no_host_says_what_it_expects(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    monkeypatch.delenv("HA_CORE_RUN_DIR", raising=False)
+
+    assert "at least one host: --vpxa HOST:PORT" in fails(monkeypatch, capsys, "center", "--key", key)
+
+
+def test_a_vm_that_does_not_run_says_what_became_of_it_and_what_it_waits_for(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"name": "web", "wanted": "started", "host": "", "priority": "high", "after": [], "token": 7, "why": "first start"}
+    show_vms([{**row, "state": "waiting", "text": "ended with status 3", "waits": "no host has room"}])
+    show_vms([{**row, "state": "running", "text": "", "waits": ""}])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("7      ended with status 3; waits: no host has room")
+    assert lines[3].endswith("7      first start")
+
+
+def test_a_host_shows_its_lease_and_how_it_sees_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"name": "h1", "state": "online", "role": "primary", "containment": "subreaper", "links": {"a": "127.0.0.1:1"}}
+    lost = {"lease": 5, "lease_state": "revoked", "verdict": "isolated", "verdict_reason": "nobody answers"}
+    show_hosts([{**row, **lost}, {**row, "lease": 0, "lease_state": "none", "verdict": "connected", "verdict_reason": ""}])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "h1    online  primary  revoked 5  isolated: nobody answers  subreaper    a=127.0.0.1:1"
+    assert lines[2].split() == ["h1", "online", "primary", "none", "connected", "subreaper", "a=127.0.0.1:1"]
 
 
 def test_a_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
-    _show([{"name": "h1", "links": {"a": "x"}}, {"name": "h22", "links": {}}], ["name", "links"], as_json=False)
+    show([{"name": "h1", "links": {"a": "x"}}, {"name": "h22", "links": {}}], ["name", "links"], as_json=False)
 
     assert capsys.readouterr().out == "name  links\nh1    a=x\nh22\n"
