@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import attrs
 import click
 
 from ha_core.testing.campaigns import CAMPAIGNS, SeedResult, load_campaign, play_seed
 from ha_core.testing.campaigns.runner import CampaignResult, parse_seeds, replay_command, run_campaign
-from ha_core.testing.scenario import load_scenario
+from ha_core.testing.scenario import load_scenario, play_scenario, tell
 from ha_core.testing.simulator import Simulation, TraceField
 
 
@@ -123,8 +124,10 @@ def _show(field: TraceField) -> str:
     return field.hex() if isinstance(field, bytes) else str(field)
 
 
-def _play_scenario(path: Path, seed: int, as_json: bool) -> None:
-    scenario = load_scenario(path)
-    raise click.UsageError(
-        f"{path}: {scenario.title or 'the scenario'} is well formed, but scenarios cannot be played yet: use --campaign cluster"
-    )
+def _play_scenario(path: Path, seed: int, as_json: bool) -> NoReturn:
+    result = play_scenario(load_scenario(path), seed)
+    if as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        print("\n".join(tell(result)))
+    sys.exit(0 if result.ok else 1)

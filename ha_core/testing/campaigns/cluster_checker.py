@@ -90,6 +90,10 @@ class ClusterChecker:
         self.sim.trace("log", index, name, int(outcome.done), outcome.reason)
         if outcome.done:
             self._after(name, index, args, before)
+        self.applied(name, outcome, before)
+
+    def applied(self, name: str, outcome: Outcome, before: Mapping[VmName, Run]) -> None:
+        """Hook: the truth is now that after one more command; ``before`` are the runs before it."""
 
     def _before(self, name: str, args: Sequence[Plain]) -> None:
         match name:

@@ -180,11 +180,15 @@ class ClusterHost:
             self.host.power_off()
             self.hypervisor.power_off()
 
-    def start(self) -> None:
-        """Power on, and every agent."""
+    def power_on(self) -> None:
         if not self.host.powered:
             self.host.power_on()
             self._booted_ns = self.sim.now_ns + self.plan.boot_ns
+
+    def start(self) -> None:
+        """Power on, and every agent."""
+        if not self.host.powered:
+            self.power_on()
         elif self.booted:
             for process in self.agents:
                 process.start()

@@ -134,7 +134,7 @@ class World:
         )
         self.sim.after(LOCAL_NS, self.connect_records, host)
         aam = AamMachine(
-            node=node, host=self.record_of(host), database=database, codec=self.codec, profile=self.profile, joins=True,
+            node=node, host=self.record_of(host), database=database, codec=self.codec, profile=self.profile, joins=self.joins(),
             isolation_addresses=("gateway",),
         )  # fmt: skip
         return self.parent_of(aam, process)
@@ -147,6 +147,10 @@ class World:
 
     def links_of(self, host: str) -> Sequence[str]:
         return self.network.links[: self.hosts[host].plan.paths]
+
+    def joins(self) -> bool:
+        """Hook: whether hosts register themselves."""
+        return True
 
     def parent_of(self, aam: AamMachine, process: SimProcess) -> Machine:
         """Hook: the machine that runs in the process; the AAM, or what it is a child of."""
