@@ -24,7 +24,14 @@ from ha_core.security.key import load_key
     metavar="HOST:PORT",
     help="Where the command line reaches the center.",
 )
-@click.option("--key", type=click.Path(path_type=Path), required=True, help="The cluster key file.")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    envvar="HA_CORE_KEY",
+    show_envvar=True,
+    required=True,
+    help="The cluster key file.",
+)
 @click.option(
     "--vpxa",
     "vpxas",

@@ -10,6 +10,7 @@ Wire: u32 length, then a msgpack array: [REQUEST, id, method, params], [RESULT, 
 from __future__ import annotations
 
 import hmac
+import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -346,9 +347,20 @@ async def dial_rpc(address: str | Path, *, key: bytes | None = None) -> AsyncIte
             with trio.fail_after(HANDSHAKE_S):
                 stream = await trio.open_tcp_stream(host, port)
     except (OSError, trio.TooSlowError) as exc:
-        raise TransportError(f"{address}: nobody answers ({exc or 'no answer in time'}); is the process running?") from exc
+        raise TransportError(f"{address}: nobody answers ({_why(exc)}); is the process running?") from exc
     async with open_rpc(stream, key=key) as client:
         yield client
+
+
+def _why(error: OSError | trio.TooSlowError) -> str:
+    """In a word or two: trio tries every address of a name and raises what it met with them as a group."""
+    cause = error.__cause__
+    if isinstance(cause, ExceptionGroup):
+        cause = cause.exceptions[0]
+    found = cause if isinstance(cause, OSError) else error
+    if isinstance(found, OSError) and found.errno is not None and found.errno > 0:
+        return os.strerror(found.errno)
+    return str(found) or "no answer in time"
 
 
 async def serve_unix(path: Path, handler: Handler, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

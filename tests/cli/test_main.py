@@ -46,7 +46,7 @@ def test_a_center_that_is_not_there_is_one_line(
 ) -> None:
     line = fails(monkeypatch, capsys, "host", "list", "--key", key, "--center", "127.0.0.1:1")
 
-    assert line.startswith("ha-core: 127.0.0.1:1: nobody answers")
+    assert line == "ha-core: 127.0.0.1:1: nobody answers (Connection refused); is the process running?"
 
 
 @pytest.mark.parametrize(
