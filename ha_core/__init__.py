@@ -34,3 +34,4 @@ from ha_core.runtime.node import Node as Node
 from ha_core.runtime.node import SessionChannel as SessionChannel
 from ha_core.runtime.node import Transaction as Transaction
 from ha_core.runtime.node import open_node as open_node
+from ha_core.storage.sqlite_transaction import DeadLetter as DeadLetter

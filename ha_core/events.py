@@ -59,7 +59,7 @@ class ForkedEvent(NodeEvent):
 
 @attrs.frozen
 class DeadLetterEvent(NodeEvent):
-    """A message was set aside because its handler failed again and again; it lies in the dead-letter table."""
+    """A message was set aside because its handler failed again and again; ``tx.dead_letters`` has it."""
 
     peer: NodeId
     channel: ChannelName

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import CoroutineType
 from typing import Final, TypeVarTuple
 
+import attrs
 import outcome
 
 from ha_core.errors import LocalProtocolError, OutboxFullError, StorageError
@@ -57,11 +58,24 @@ class GroupEndedError(BaseException):
         self.cause = cause
 
 
+@attrs.frozen
+class DeadLetter:
+    """A message that was set aside after its last attempt, in the transaction in which its channel's cursor stepped over it.
+
+    A reply that nobody waited for becomes one, too; its channel is ``ha.reply/`` and the request's.
+    """
+
+    message: Message
+    error: str
+    created_s: float
+    """Wall clock, as ``time.time``."""
+
+
 class Transaction:
     """``tx`` of an application's function; valid only while that function runs, on the store's thread."""
 
     def __init__(
-        self, database: sqlite3.Connection, outbox: Outbox, store: StoreId, mark: str, max_transaction_s: float
+        self, database: sqlite3.Connection, outbox: Outbox, store: StoreId, owner: NodeId, mark: str, max_transaction_s: float
     ) -> None:
         self._database = database
         self._cursor = database.cursor()
@@ -70,6 +84,7 @@ class Transaction:
         """For the store to close."""
         self._outbox = outbox
         self._store = store
+        self._owner = owner
         self._mark = mark
         self._savepoint = mark + "SAVEPOINT ha_function"
         self._rollback_to = mark + "ROLLBACK TO ha_function"
@@ -166,6 +181,37 @@ class Transaction:
         record = self._touch(self._outbox.open(request.sender, name))
         number = self._outbox.add(record, request.number.to_bytes(8, "big") + _bytes(body), admit=False)
         return MessageId(self._store, request.sender, name, number)
+
+    def dead_letters(self, channel: str | None = None, *, limit: int = 100) -> list[DeadLetter]:
+        """Messages that were set aside, oldest first; on ``channel``, or on all. To retry or to drop one: ``take_dead_letter``."""
+        rows = self._execute_own(
+            "SELECT store, name, number, peer, body, error, created_s FROM ha_dead_letters WHERE ?1 IS NULL OR name=?1"
+            " ORDER BY created_s, store, name, number LIMIT ?2",
+            (channel, limit),
+        ).fetchall()
+        return [
+            DeadLetter(Message(peer, store, self._owner, name, number, body), error, created_s)
+            for store, name, number, peer, body, error, created_s in rows
+        ]
+
+    def take_dead_letter(self, message: MessageId) -> Message:
+        """The message of a dead letter, which is one no longer if this transaction commits.
+
+        To retry, handle it in the same function: the effect happens once, but later than its channel's order says. To drop it,
+        do nothing with it.
+
+        Raises:
+            LocalProtocolError: there is no such dead letter; it was taken already.
+        """
+        key = (message.store, message.channel, message.number)
+        where = "FROM ha_dead_letters WHERE store=? AND name=? AND number=?"
+        row = self._execute_own(f"SELECT peer, body {where}", key).fetchone()
+        if row is None:
+            raise LocalProtocolError(
+                f"message {message.number} on {message.channel!r} is no dead letter here, or is one no longer"
+            )
+        self._execute_own(f"DELETE {where}", key)
+        return Message(row[0], message.store, self._owner, message.channel, message.number, row[1])
 
     # -- for the store --
 

@@ -426,7 +426,7 @@ async def open_transaction_store(
             outbox = Outbox(database, mark, outbox_max_bytes)
             names = frozenset(ChannelName(row[0]) for row in database.execute("SELECT DISTINCT name FROM ha_requests"))
             incoming = _incoming(database)
-            tx = Transaction(database, outbox, identity.store, mark, max_transaction_s)
+            tx = Transaction(database, outbox, identity.store, identity.owner, mark, max_transaction_s)
             return identity, outbox, tx, incoming, names
 
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ import outcome
 import pytest
 import trio
 
-from ha_core.errors import InvariantError, OutboxFullError
+from ha_core.errors import InvariantError, LocalProtocolError, OutboxFullError
 from ha_core.ids import ChannelName, NodeId, StoreId
 from ha_core.machines.durable import REPLY_PREFIX
 from ha_core.machines.durable_events import Attempt, Batch, IncomingState, Message, RunBatch
@@ -155,6 +156,58 @@ async def test_dead_letter_and_cursor_move_together(tmp_path: Path) -> None:
     db.close()
     assert letters == [(FROM, C, 1, PEER, b"body 1", "unreadable")]
     assert cursor_of(tmp_path)[0] == 1
+
+
+@asynccontextmanager
+async def with_letters(tmp_path: Path) -> AsyncIterator[TransactionStore]:
+    """A store with two dead letters on C and a stray reply."""
+    async with opened(tmp_path) as store:
+        await store.transact(create)
+        for letter in (batch(1, 1, dead_letter="unreadable"), batch(2, 1, dead_letter="unreadable, too")):
+            await run(store, partial(set_aside, batch=letter))
+        stray = (77).to_bytes(8, "big") + b"!"
+        name = ChannelName(REPLY_PREFIX + C)
+        await run(store, lambda tx: store_replies(tx, RunBatch(PEER, FROM, name, 1, [stray], chain(START_DIGEST, 1, [stray]))))
+        yield store
+
+
+async def test_dead_letters_are_listed_oldest_first(tmp_path: Path) -> None:
+    async with with_letters(tmp_path) as store:
+        every = await store.transact(lambda tx: tx.dead_letters())
+        assert [letter.message.channel for letter in every] == [C, C, REPLY_PREFIX + C]
+        assert every[0].message == Message(PEER, FROM, ME, C, 1, b"body 1")
+        assert every[0].error == "unreadable"
+        assert await store.transact(lambda tx: tx.dead_letters(C)) == every[:2]
+        assert await store.transact(lambda tx: tx.dead_letters(limit=1)) == every[:1]
+
+
+async def test_a_dead_letter_is_consumed_with_the_effect_of_its_retry(tmp_path: Path) -> None:
+    def retry(tx: Transaction) -> None:
+        write(tx, [tx.take_dead_letter(tx.dead_letters(C)[0].message.id)])
+
+    async with with_letters(tmp_path) as store:
+        await store.transact(retry)
+        assert await store.transact(numbers) == [1]
+        assert [letter.message.number for letter in await store.transact(lambda tx: tx.dead_letters(C))] == [2]
+
+
+async def test_a_retry_that_fails_keeps_the_dead_letter(tmp_path: Path) -> None:
+    def retry(tx: Transaction) -> None:
+        tx.take_dead_letter(tx.dead_letters(C)[0].message.id)
+        raise RuntimeError("still unreadable")
+
+    async with with_letters(tmp_path) as store:
+        with pytest.raises(RuntimeError):
+            await store.transact(retry)
+        assert len(await store.transact(lambda tx: tx.dead_letters(C))) == 2
+
+
+async def test_a_dead_letter_is_taken_once(tmp_path: Path) -> None:
+    async with with_letters(tmp_path) as store:
+        (first, _) = await store.transact(lambda tx: tx.dead_letters(C))
+        await store.transact(lambda tx: tx.take_dead_letter(first.message.id))
+        with pytest.raises(LocalProtocolError, match="no longer"):
+            await store.transact(lambda tx: tx.take_dead_letter(first.message.id))
 
 
 async def test_inbox_commit_that_raises_leaves_the_cursor(tmp_path: Path) -> None:
