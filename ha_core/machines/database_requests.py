@@ -4,7 +4,7 @@ Rules of this file:
 
 * A write gets (session, sequence) once and keeps it however often it is sent, so that it is applied once.
 * ``floor`` in each command is the lowest sequence whose reply we may still ask for. Requests whose fate stayed unknown keep
-  theirs, the newest ``MAX_UNKNOWN`` of them.
+  theirs, the newest ``MAX_UNKNOWN`` of them and for ``MAX_BEHIND`` writes: the state machine keeps no more replies for us.
 * A write that was never handed to a replica ends with UNAVAILABLE, one that was ends with UNKNOWN.
 """
 
@@ -25,14 +25,16 @@ from ha_core.machines.database_events import (
     DatabaseReply,
     DatabaseRequest,
     Range,
+    Reconfigure,
     Send,
+    Transfer,
 )
 from ha_core.machines.database_wire import (
     WireRequest,
     WriteRequest,
     encode_requests,
 )
-from ha_core.machines.keyvalue.codec import encode_command, problem_of
+from ha_core.machines.keyvalue.codec import MAX_KEY_BYTES, encode_command, is_key, problem_of
 from ha_core.machines.keyvalue.model import (
     Body,
     Call,
@@ -48,6 +50,7 @@ from ha_core.machines.keyvalue.model import (
     Revoke,
     SessionOpened,
 )
+from ha_core.machines.keyvalue.plain import is_number
 from ha_core.machines.messages import Consumed, Priority, SendRun
 
 MAX_OUTSTANDING = 2048
@@ -55,6 +58,7 @@ MAX_OUTSTANDING = 2048
 MAX_HELD = 65_536
 """Writes that wait for others of this node to end."""
 MAX_UNKNOWN = 1024
+MAX_BEHIND = 3072
 SESSION_TIMEOUT_NS = 10_000_000_000
 
 ClientRequest: TypeAlias = WireRequest | Confirm
@@ -131,6 +135,10 @@ class DatabaseClient:
             self.effects.append(DatabaseReply(event.request, Refused(Refusal.NOT_LEADER, "this node has no replica")))
             return
         to_leader = not isinstance(operation, Get | Range)
+        if not to_leader and not _is_sound(operation):
+            problem = f"a key is at most {MAX_KEY_BYTES} bytes, a limit and a revision are whole numbers"
+            self.effects.append(DatabaseReply(event.request, Refused(Refusal.BAD, problem)))
+            return
         pending = _Pending(event.request, operation, deadline_ns, to_leader)
         self._add(number, pending)
         self._send(number, pending, now_ns)
@@ -152,6 +160,8 @@ class DatabaseClient:
             identity = pending.identity = RequestId(self._session, self._sequence)
             pending.own_identity = True
             self._outstanding[self._sequence] = None
+            if self._unknown:
+                self._forget_unknown()
         # The state machine must not settle a repeated request of ours before it has answered it.
         mine = identity.session == self._session
         floor = next(iter(self._outstanding), self._sequence + 1) if mine else 0
@@ -353,6 +363,13 @@ class DatabaseClient:
             del self._unknown[oldest]
             self._outstanding.pop(oldest, None)
 
+    def _forget_unknown(self) -> None:
+        """Give up those far behind: they alone would keep the replies of all that came after them."""
+        oldest = next(iter(self._outstanding))
+        while oldest in self._unknown and self._sequence - oldest > MAX_BEHIND:
+            del self._unknown[oldest], self._outstanding[oldest]
+            oldest = next(iter(self._outstanding))
+
     # -- time --
 
     def next_timer(self) -> int | None:
@@ -376,7 +393,7 @@ class DatabaseClient:
             self._resend(now_ns)
 
     def _expire(self, number: int, pending: _Pending, now_ns: int) -> None:
-        if pending.body is not None and pending.sent_count:
+        if pending.sent_count and (pending.body is not None or isinstance(pending.operation, Reconfigure | Transfer)):
             outcome = self._unknown_fate(pending)
         else:
             outcome = Refused(
@@ -407,6 +424,15 @@ class DatabaseClient:
             self._turn += 1
         for number in late:
             self._send(number, self._pending[number], now_ns)
+
+
+def _is_sound(read: object) -> bool:
+    match read:
+        case Get(key):
+            return is_key(key)
+        case Range(prefix, limit, after, at):
+            return is_key(prefix) and is_key(after) and is_number(limit) and is_number(at)
+    return False
 
 
 def send_requests(to: NodeId, session: SessionId | None, requests: Sequence[tuple[int, ClientRequest]]) -> Send:

@@ -268,6 +268,8 @@ def _member_change(fields: Sequence[object]) -> AddLearner | Promote | Remove:
     match kind:
         case 1:
             replica, addresses = cast("tuple[bytes, tuple[tuple[str, str], ...]]", tuple(rest))
+            if type(replica) is not bytes or not all(type(text) is str for pair in addresses for text in pair):
+                _bad("a learner has a replica of bytes and addresses of text")
             return AddLearner(_node(node), replica, {LinkName(link): address for link, address in addresses})
         case 2:
             return Promote(_node(node))

@@ -17,6 +17,7 @@ from ha_core.config import ns
 from ha_core.errors import CompactedError, HAError, InvariantError, LeaseLostError, LocalProtocolError, OutcomeUnknownError
 from ha_core.ids import FencingToken, LeaseToken, Revision
 from ha_core.machines.database_events import DatabaseOutcome, Found, Operation, Range, Renew, Renewed
+from ha_core.machines.keyvalue.codec import is_key
 from ha_core.machines.keyvalue.model import (
     Change,
     Delete,
@@ -33,6 +34,7 @@ from ha_core.machines.keyvalue.model import (
     RevisionEvents,
     Revoke,
 )
+from ha_core.machines.keyvalue.plain import is_number
 from ha_core.runtime.clock import now_ns
 from ha_core.runtime.database_calls import WatchQueue, raise_refusal
 
@@ -202,7 +204,10 @@ class Database:
 
         Raises:
             CompactedError: what comes after ``after`` is no longer held.
+            LocalProtocolError: ``prefix`` is no beginning of a key, or ``after`` no revision.
         """
+        if not is_key(prefix) or not (after is None or is_number(after)):
+            raise LocalProtocolError(f"watch: expected bytes and a revision, found {str(prefix)[:40]!r} and {after!r}")
         queue = self._port.open_watch(prefix, after)
         try:
             while queue.revision < 0 and queue.error is None:

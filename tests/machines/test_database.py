@@ -68,6 +68,7 @@ from ha_core.machines.keyvalue.model import (
     Revoke,
     SetLimits,
 )
+from ha_core.machines.keyvalue.plain import pack
 from ha_core.machines.messages import SendDatagram, SendRun
 from ha_core.machines.raft.types import AddLearner, Promote, Remove
 from tests.machines.database_cluster import MS, Cluster, S, WatchLog
@@ -307,6 +308,26 @@ def test_an_unknown_fate_is_said_and_its_request_can_be_repeated_exactly_once() 
 
     assert isinstance(again, Called)
     assert value(cluster.call(client, Get(b"\x00ha/k"))) == b"ab"
+
+
+def test_one_unknown_fate_that_nobody_asks_about_does_not_stop_the_writes_after_it() -> None:
+    cluster = Cluster(clients=1)
+    cluster.leader()
+    (client,) = cluster.clients
+    cluster.call(client, put(b"k", b"0"))
+    lost = cluster.submit(client, put(b"k", b"1"), timeout_ns=2 * S)
+    cluster.run_for(300_000)
+    for node in cluster.nodes:
+        cluster.cut(client, node)
+    cluster.run_for(3 * S)
+    replies = cluster.processes[client].replies
+    assert code(replies[lost]) is Refusal.UNKNOWN
+    cluster.heal()
+
+    for _ in range(11):
+        requests = [cluster.submit(client, put(b"k", b"v")) for _ in range(500)]
+        cluster.run_for(S)
+        assert all(isinstance(replies.get(request), Outcome) for request in requests)
 
 
 def test_without_a_quorum_nothing_is_acknowledged_and_the_caller_hears_which_it_is() -> None:
@@ -612,6 +633,18 @@ def test_members_change_only_as_raft_allows() -> None:
     assert list(configuration.nodes) == cluster.nodes
 
 
+def test_a_change_of_members_without_an_answer_may_have_been_made() -> None:
+    cluster = Cluster()
+    leader = cluster.leader()
+    for node in cluster.nodes:
+        if node != leader:
+            cluster.crash(node)
+
+    outcome = cluster.call(leader, Reconfigure(AddLearner(NodeId("aam@h9.example"), b"replica", {})), timeout_ns=2 * S)
+
+    assert code(outcome) is Refusal.UNKNOWN
+
+
 def test_an_expired_session_is_opened_anew_and_the_request_still_applied_once() -> None:
     cluster = Cluster(procedures=PROCEDURES)
     leader = cluster.leader()
@@ -654,10 +687,18 @@ def test_bad_requests_are_refused_at_the_door() -> None:
     assert code(cluster.call(leader, put(b"", b""))) is Refusal.BAD
     assert code(cluster.call(leader, Grant(0))) is Refusal.BAD
 
+    for read in (Get("k"), Get([b"k"]), Range("k"), Range(b"k", after="k"), Range(b"k", limit=1.5), Range(b"k", at=-1)):  # type: ignore[arg-type]
+        assert code(cluster.call(leader, read)) is Refusal.BAD
+
     assert cluster.processes[leader].database.state.index == index
 
 
-@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x90", b"\x91\x63", b"\x92\x01\x91\x01", b"\x93\x05\xff\x01", b"\x91" * 2000])
+LEARNER = pack((1, (1, 5, 1, "aam@h9.example", "no bytes", ())))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xc1", b"\x90", b"\x91\x63", b"\x92\x01\x91\x01", b"\x93\x05\xff\x01", b"\x91" * 2000, LEARNER]
+)
 def test_malformed_messages_change_nothing(body: bytes) -> None:
     cluster = Cluster()
     leader, follower = cluster.leader(), cluster.follower()

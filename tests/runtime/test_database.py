@@ -101,6 +101,12 @@ async def test_what_breaks_a_rule_is_the_callers_fault(single: Database) -> None
         await single.commit(Change(then=(Delete(b"k"),)), request=RequestId(999, 1))
     with pytest.raises(LocalProtocolError, match="still to come"):
         await single.range(b"", at=99)
+    with pytest.raises(LocalProtocolError):
+        await single.range("text")  # type: ignore[arg-type]
+    with pytest.raises(LocalProtocolError):
+        async with single.watch("text"):  # type: ignore[arg-type]
+            pass
+    assert await single.get(b"k") is None
 
 
 async def test_many_tasks_write_at_once_and_each_hears_of_its_own(single: Database) -> None:

@@ -38,7 +38,7 @@ from ha_core.machines.keyvalue.model import (
     Step,
     Target,
 )
-from ha_core.machines.keyvalue.plain import is_number, is_plain, pack, unpack
+from ha_core.machines.keyvalue.plain import is_number, is_plain, is_text, pack, unpack
 
 VERSION = 1
 MAX_KEY_BYTES = 4096
@@ -228,6 +228,11 @@ def limits_from(plain: object) -> Limits:
 # -- the rules of commands --
 
 
+def is_key(value: object) -> bool:
+    """Whether it may be asked for: a key, or what keys begin with."""
+    return type(value) is bytes and len(value) <= MAX_KEY_BYTES
+
+
 def problem_of(body: Body) -> str | None:
     """What is wrong with a command, or None; the same at the door and in the log."""
     if isinstance(body, Change):
@@ -238,7 +243,7 @@ def problem_of(body: Body) -> str | None:
         case Revoke(number) | Compact(number):
             return None if is_number(number) else "expected a whole number"
         case Call(name, args):
-            if type(name) is not str or type(args) is not tuple or not is_plain(args):
+            if not is_text(name) or type(args) is not tuple or not is_plain(args):
                 return "a call has a name and a tuple of plain values, nested at most 32 deep"
             return None if len(pack(args)) <= MAX_CHANGE_BYTES else f"a call carries at most {MAX_CHANGE_BYTES} bytes"
         case ExpireLeases(tokens):
@@ -250,7 +255,8 @@ def problem_of(body: Body) -> str | None:
             )
             return None if good else "sessions are pairs of whole numbers"
         case SetLimits(limits):
-            return None if all(is_number(value) for value in attrs.astuple(limits)) else "limits are whole numbers"
+            good = all(is_number(value) for value in attrs.astuple(limits)) and limits.max_sessions > 0
+            return None if good else "limits are whole numbers, and one session at least may be open"
         case _:
             return None
 
@@ -261,6 +267,8 @@ def _problem_of_change(change: Change) -> str | None:
     for compare in change.compare:
         if type(compare.key) is not bytes or not 0 < len(compare.key) <= MAX_KEY_BYTES:
             return f"a key is 1 to {MAX_KEY_BYTES} bytes"
+        if type(compare.target) is not Target or type(compare.relation) is not Relation:
+            return "a comparison is by a Target and a Relation"
         operand = compare.operand
         if type(operand) is bytes:
             size += len(operand)
@@ -277,7 +285,7 @@ def _problem_of_change(change: Change) -> str | None:
                 key = step.key
                 size += len(step.value)
             elif type(step) is DeletePrefix:
-                key = step.prefix or b"?"
+                key = step.prefix if step.prefix != b"" else b"?"
             elif type(step) is Delete or type(step) is Get:
                 key = step.key
             else:

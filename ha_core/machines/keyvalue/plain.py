@@ -42,9 +42,19 @@ def is_number(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_NUMBER
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a string that UTF-8 can carry: half of a surrogate pair (a file's name can have one) cannot go."""
+    if type(value) is not str:
+        return False
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def is_plain(value: object, depth: int = 32) -> bool:
     """Whether a value may go into the log or a reply."""
-    if value is None or type(value) in (bool, str, bytes):
+    if value is None or type(value) in (bool, bytes) or is_text(value):
         return True
     if type(value) is int:
         return -MAX_NUMBER <= value <= MAX_NUMBER

@@ -359,10 +359,13 @@ BAD_ENTRIES = [
     b"\x01" + pack(((0, 0, 0, 1, (), ((9, b"k"),), ()),)),
     b"\x01" + pack(((0, 0, 0, 1, ((b"k", 0, 0, 7),), (), ()),)),
     b"\x01" + pack(((0, 0, 0, 1, ((b"k", 9, 0, 7),), (), ()),)),
+    b"\x01" + pack(((0, 0, 0, 1, (), ((2, ""),), ()),)),
+    b"\x01" + pack(((0, 0, 0, 1, (), ((2, None),), ()),)),
     b"\x01" + pack(((0, 0, 0, 2, 0),)),
     b"\x01" + pack(((0, 0, 0, 4, "call", (1.5,)),)),
     b"\x01" + pack(((0, 0, 0, 5), (0, 0, 0, 5))),
     b"\x01" + pack(((0, 0, 0, 9, (1, 2)),)),
+    b"\x01" + pack(((0, 0, 0, 9, (1 << 20, 0, 10, 1 << 20, 0, 10)),)),
     b"\x01" + b"\x91" * 3000,
     b"\x01\xdd\xff\xff\xff\xff",
 ]
@@ -403,10 +406,16 @@ def test_random_bytes_are_refused_or_are_an_entry() -> None:
         Change(then=tuple(Get(b"k") for _ in range(4097))),
         Change((Compare(b"k", Target.VALUE, Relation.EQUAL, 1),)),
         Change((Compare(b"k", Target.VERSION, Relation.EQUAL, b""),)),
+        Change((Compare(b"k", Target.VERSION, 0, 0),)),  # type: ignore[arg-type]
+        Change((Compare(b"k", 1, Relation.EQUAL, 0),)),  # type: ignore[arg-type]
+        Change(then=(DeletePrefix(""),)),  # type: ignore[arg-type]
+        Change(then=(DeletePrefix(None),)),  # type: ignore[arg-type]
         Change(then=("step",)),  # type: ignore[arg-type]
         Grant(0),
         Grant(1.5),  # type: ignore[arg-type]
         Call("name", (1.5,)),  # type: ignore[arg-type]
+        Call("name", ("half of a pair \ud800",)),
+        Call("\ud800", ()),
         Call("name", ((((),) * 3,),) if False else (1 << 80,)),
     ],
 )
