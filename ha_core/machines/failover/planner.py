@@ -179,25 +179,27 @@ class _Planner:
         if home is not None and home.state is HostState.FREEZE:
             self._wait(vm.name, f"until {run.home} is back")
             return False
-        not_before_ns = self._not_before(run)
-        if self.now_ns < not_before_ns:
-            self._wait(vm.name, "until its next try, or its orderly shutdown at the deadline, is due", not_before_ns)
-            return False
+        shutdown = self._shutdown_over(run), f"its orderly shutdown on {run.host} is over"
+        for not_before_ns, what in (shutdown, self._retry(run)):
+            if self.now_ns < not_before_ns:
+                self._wait(vm.name, f"until {what}", not_before_ns)
+                return False
         return True
 
-    def _not_before(self, run: Run) -> int:
+    def _shutdown_over(self, run: Run) -> int:
         # L4: at the host's deadline an orderly shutdown begins, so its time, by the slowest clock, adds to the expiry.
-        if run.state is RunState.LOST:
-            shutdown_over_ns = self.inventory.since_ns(run.vm, self.now_ns) + run.shutdown_ns * 102 // 100
-        else:
-            shutdown_over_ns = 0
+        if run.state is not RunState.LOST:
+            return 0
+        return self.inventory.since_ns(run.vm, self.now_ns) + run.shutdown_ns * 102 // 100
+
+    def _retry(self, run: Run) -> tuple[int, str]:
         # I49: try n comes retries[n] after the first, that is, retries[n] - retries[n - 1] after the one before.
         retries = self.inventory.settings.retries_ns
         attempt = min(run.attempts, len(retries) - 1)
-        retry_ns = 0
-        if attempt > 0:
-            retry_ns = self.inventory.assigned_ns(run.vm, self.now_ns) + retries[attempt] - retries[attempt - 1]
-        return max(shutdown_over_ns, retry_ns)
+        if attempt == 0:
+            return 0, ""
+        apart_ns = retries[attempt] - retries[attempt - 1]
+        return self.inventory.assigned_ns(run.vm, self.now_ns) + apart_ns, f"its next try, {apart_ns // 10**9} s after the last"
 
     def _take(self, vm: Vm, host: HostName) -> None:
         self.rooms[host].take(vm)

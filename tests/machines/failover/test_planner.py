@@ -225,8 +225,10 @@ def test_tries_follow_the_schedule_whoever_coordinates() -> None:
     log.add_vm("a", max_restart=1, max_relocate=2, host="h2")
     instants: list[int] = []
     where: list[str] = []
+    told: list[str] = []
     for _ in range(4):
         while not (found := assigned(log)):
+            told.append(waits(log)["a"])
             wake_ns = planned(log).wake_ns
             assert wake_ns is not None
             log.now_ns = wake_ns
@@ -236,6 +238,7 @@ def test_tries_follow_the_schedule_whoever_coordinates() -> None:
         log.release("a", failed=True)
 
     assert instants == [0, 2, 6, 14]
+    assert told == [f"until its next try, {apart} s after the last" for apart in (2, 4, 8)]
     assert where[:2] == ["h2", "h2"]
     assert sorted(where[2:]) == ["h1", "h3"]
     assert waits(log) == {"a": "every try failed: needs an administrator"}
