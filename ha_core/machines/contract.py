@@ -65,6 +65,11 @@ class PersistFailed(Event):
     error: str
 
 
+@attrs.frozen
+class CheckpointDue(Event):
+    """The store runs out of room, or its log has outgrown the state by far: a WriteCheckpoint should come soon."""
+
+
 class Rng(Protocol):
     """The part of ``random.Random`` that machines use."""
 

@@ -16,7 +16,7 @@ import attrs
 from ha_core.config import Profile, ns
 from ha_core.errors import DecodeError
 from ha_core.ids import ChannelName, NodeId, ReplicaId, SessionId
-from ha_core.machines.contract import Effect, Event, Rng
+from ha_core.machines.contract import CheckpointDue, Effect, Event, Rng
 from ha_core.machines.database_events import (
     DATABASE,
     RAFT,
@@ -173,6 +173,8 @@ class DatabaseMachine:
                     watches.taken((None, watch), count)
                 case CloseWatch(watch):
                     watches.close((None, watch))
+                case CheckpointDue():
+                    self._checkpoint()
                 case _:
                     self._raft_events.append(event)
         self._settle(now_ns)
@@ -399,10 +401,13 @@ class DatabaseMachine:
         changes = state.take_changes()
         self._effects.append(Applied(state.index, state.revision, changes))
         if self._log_bytes >= max(self._checkpoint_min_bytes, CHECKPOINT_FACTOR * self._checkpoint_bytes):
-            snapshot = state.snapshot()
-            self._checkpoint_bytes = len(snapshot)
-            self._log_bytes = 0
-            self._raft_events.append(Checkpointed(state.index, snapshot))
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        snapshot = self.state.snapshot()
+        self._checkpoint_bytes = len(snapshot)
+        self._log_bytes = 0
+        self._raft_events.append(Checkpointed(self.state.index, snapshot))
 
     def _role_changed(self, effect: RoleChanged, now_ns: int) -> None:
         self._server.role_changed(effect, now_ns)

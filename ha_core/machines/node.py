@@ -17,7 +17,7 @@ import attrs
 
 from ha_core.errors import invariant
 from ha_core.ids import ChannelName
-from ha_core.machines.contract import Effect, Event, Machine
+from ha_core.machines.contract import CheckpointDue, Effect, Event, Machine
 from ha_core.machines.database_events import (
     CHANNELS as DATABASE_CHANNELS,
 )
@@ -124,6 +124,8 @@ class NodeMachine:
         writers = [seat for seat in self._seats if seat.child.persists]
         invariant(len(writers) <= 1, "a node has one node.db: at most one child persists")
         self._writer = writers[0] if writers else None
+        if self._writer is not None:
+            self._owner[CheckpointDue] = self._writer
         for seat in self._seats:
             for event in seat.child.handles:
                 invariant(event not in self._owner and event not in ENDPOINT_EVENTS, "an event has one owner", event=event)

@@ -13,20 +13,24 @@ import trio
 
 from ha_core.errors import StorageError
 from ha_core.interfaces import RecordStore
-from ha_core.machines.contract import Event, Persist, Persisted, PersistFailed, WriteCheckpoint
+from ha_core.machines.contract import CheckpointDue, Event, Persist, Persisted, PersistFailed, WriteCheckpoint
 
 logger = logging.getLogger(__name__)
+
+ASK_AGAIN = 16
+"""After so many writes without a checkpoint a machine that was asked for one is asked again."""
 
 
 class RecordShell:
     def __init__(self, store: RecordStore, deliver: Callable[[Event], None]) -> None:
-        """``deliver`` takes Persisted and PersistFailed to the machine that asked."""
+        """``deliver`` takes Persisted, PersistFailed and CheckpointDue to the machine that asked."""
         self.failure: StorageError | None = None
         """Why ``run`` has returned."""
         self._store = store
         self._deliver = deliver
         self._queue: deque[Persist | WriteCheckpoint] = deque()
         self._wake = trio.Event()
+        self._patience = 0
 
     def perform(self, effect: Persist | WriteCheckpoint) -> None:
         """Queue a write; never waits."""
@@ -38,6 +42,7 @@ class RecordShell:
         poisoned; the node has to stop."""
         queue = self._queue
         while True:
+            self._ask()
             if not queue:
                 await self._wake.wait()
             self._wake = trio.Event()
@@ -53,6 +58,13 @@ class RecordShell:
                 return
             self._deliver(Persisted(batch[-1].number))
 
+    def _ask(self) -> None:
+        """A store knows best when it needs a checkpoint; at the start, too, lest one that is nearly full fills with restarts."""
+        self._patience -= 1
+        if self._patience < 0 and self._store.stats().checkpoint_due:
+            self._patience = ASK_AGAIN
+            self._deliver(CheckpointDue())
+
     def _take(self) -> list[Persist | WriteCheckpoint]:
         """A checkpoint by itself, or all records up to the next one."""
         batch = [self._queue.popleft()]
@@ -65,5 +77,6 @@ class RecordShell:
         first = batch[0]
         if isinstance(first, WriteCheckpoint):
             await self._store.checkpoint(first.state, first.records)
+            self._patience = 0
         else:
             await self._store.append([one.record for one in batch if isinstance(one, Persist)])

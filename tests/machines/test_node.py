@@ -9,7 +9,7 @@ import pytest
 
 from ha_core.errors import InvariantError
 from ha_core.ids import Boot, ChannelName, NodeId, SessionId, StoreId
-from ha_core.machines.contract import Effect, Event, Persist
+from ha_core.machines.contract import CheckpointDue, Effect, Event, Persist
 from ha_core.machines.database_events import RAFT, DatabaseRequest, PeerUp, Range, Send
 from ha_core.machines.durable import REPORTS_CHANNEL, RUNS_CHANNEL, DurableMachine
 from ha_core.machines.durable_events import HandlerOpened, RunsCommitted
@@ -131,6 +131,15 @@ def test_writes_are_confirmed_to_the_child_that_persists() -> None:
     node.persist_failed(4, "disk", 0)
 
     assert (database.durable, database.failed) == (3, "disk")
+
+
+def test_a_store_that_wants_a_checkpoint_is_heard_by_the_child_that_persists() -> None:
+    node, endpoint, database = build()
+
+    node.receive([CheckpointDue()], 0)
+
+    assert database.told == [CheckpointDue()]
+    assert endpoint.told == []
 
 
 def test_earliest_timer_is_the_nodes_and_only_due_ones_fire() -> None:
