@@ -10,6 +10,7 @@ outside ``ha_core.guard``.
 
 renewal       datagrams between guard and active primary     control       guard.sock and the beats
 rules         leases and VMs, decided without I/O            watch         hang verdicts and restarts of processes, without I/O
+events        what the rules are told and ask for          server        guard.sock's clients
 mapping       the file of one run: deadline, identity        kernel_timer  the timer that kills, prctl, unshare
 shim          the parent of one VM                           processes     pidfds, identities, launching
 primaries     where the renewals go                          key           the cluster key, read anew when it changes

@@ -27,11 +27,7 @@ from ha_core.guard.control import (
     StopRequest,
     SubscribeRequest,
 )
-from ha_core.guard.kernel_timer import now_ns
-from ha_core.guard.key import KeyFile
-from ha_core.guard.links import Links
-from ha_core.guard.processes import boot_id, lock_holder, open_lock, protect_process, take_lock
-from ha_core.guard.rules import (
+from ha_core.guard.events import (
     NEVER,
     Answered,
     Asked,
@@ -40,7 +36,6 @@ from ha_core.guard.rules import (
     Ended,
     Event,
     ForgetRun,
-    GuardRules,
     KeepTombstone,
     KillRun,
     Noted,
@@ -52,6 +47,11 @@ from ha_core.guard.rules import (
     StopRun,
     WriteRun,
 )
+from ha_core.guard.kernel_timer import now_ns
+from ha_core.guard.key import KeyFile
+from ha_core.guard.links import Links
+from ha_core.guard.processes import boot_id, lock_holder, open_lock, protect_process, take_lock
+from ha_core.guard.rules import GuardRules
 from ha_core.guard.runs import RunKeeper
 from ha_core.guard.server import ControlServer
 from ha_core.guard.settings import Settings

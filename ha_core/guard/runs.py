@@ -10,6 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ha_core.guard.control import PROCESSES
+from ha_core.guard.events import (
+    NEVER,
+    Event,
+    KeepTombstone,
+    KillRun,
+    RunFound,
+    RunGone,
+    RunState,
+    RunUp,
+    StartRun,
+    StopRun,
+    WriteRun,
+)
 from ha_core.guard.kernel_timer import now_ns, probe_pid_namespace
 from ha_core.guard.mapping import (
     SUFFIX,
@@ -23,19 +36,6 @@ from ha_core.guard.mapping import (
     open_run,
 )
 from ha_core.guard.processes import Process, boot_id, find_process, open_process
-from ha_core.guard.rules import (
-    NEVER,
-    Event,
-    KeepTombstone,
-    KillRun,
-    RunFound,
-    RunGone,
-    RunState,
-    RunUp,
-    StartRun,
-    StopRun,
-    WriteRun,
-)
 from ha_core.guard.shim import Command, fork_shim
 
 BOOT_MARK = "boot"

@@ -6,8 +6,7 @@ from typing import TypeVar
 import pytest
 
 from ha_core.guard.control import Reply, StartRequest, StopRequest
-from ha_core.guard.renewal import Renewal, RenewalAnswer, Status
-from ha_core.guard.rules import (
+from ha_core.guard.events import (
     NEVER,
     Answered,
     Asked,
@@ -16,7 +15,6 @@ from ha_core.guard.rules import (
     Ended,
     Event,
     ForgetRun,
-    GuardRules,
     KeepTombstone,
     KillRun,
     Noted,
@@ -32,6 +30,8 @@ from ha_core.guard.rules import (
     StopRun,
     WriteRun,
 )
+from ha_core.guard.renewal import Renewal, RenewalAnswer, Status
+from ha_core.guard.rules import GuardRules
 
 T = TypeVar("T")
 MS = 1_000_000

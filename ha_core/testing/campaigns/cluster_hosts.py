@@ -11,6 +11,7 @@ from typing import cast
 import attrs
 
 from ha_core.config import Profile, ns
+from ha_core.guard import events as guard_events
 from ha_core.guard import rules
 from ha_core.guard.control import RunReport, StartRequest, StopRequest
 from ha_core.guard.renewal import RenewalCodec, RenewalError
@@ -55,12 +56,12 @@ class HostPlan:
 
 @attrs.frozen
 class ToGuard(Event):
-    event: rules.Event
+    event: guard_events.Event
 
 
 @attrs.frozen
 class FromGuard(Effect):
-    effect: rules.Effect
+    effect: guard_events.Effect
 
 
 class GuardMachine:
@@ -195,7 +196,7 @@ class ClusterHost:
 
     # -- the guard's wires --
 
-    def _tell_guard(self, event: rules.Event) -> None:
+    def _tell_guard(self, event: guard_events.Event) -> None:
         self.guard.post(ToGuard(event))
 
     def _covered(self, shim: Shim) -> bool:
@@ -210,24 +211,24 @@ class ClusterHost:
     def answer(self, data: bytes) -> None:
         """A packet from a primary reached the guard's socket."""
         try:
-            self._tell_guard(rules.Answered(self._codec.decode_answer(data)))
+            self._tell_guard(guard_events.Answered(self._codec.decode_answer(data)))
         except RenewalError:
             pass
 
     def _guard_effect(self, wrapped: FromGuard) -> None:
         match wrapped.effect:
-            case rules.SendRenewal(renewal):
+            case guard_events.SendRenewal(renewal):
                 self.send_renewal(self._codec.encode_renewal(renewal))
-            case rules.Reported(report):
+            case guard_events.Reported(report):
                 self.sim.after(LOCAL_NS, self.agent.post, GuardReports([_report(report)]))
-            case rules.Replied(request, reply):
+            case guard_events.Replied(request, reply):
                 life, order = self._asks.pop(request, (0, None))
                 if reply.error and life == self.agent.lives and isinstance(order, StartVm):
                     refused = StartRefused(order.vm.name, order.token, reply.error, reply.text)
                     self.sim.after(LOCAL_NS, self.agent.post, refused)
-            case rules.Noted(text):
+            case guard_events.Noted(text):
                 self.sim.trace("guard", self.name, text)
-            case rules.Ended():
+            case guard_events.Ended():
                 self.on_ended()
             case effect:
                 self.hypervisor.perform(effect)
@@ -242,7 +243,7 @@ class ClusterHost:
         else:
             order = StopRequest(effect.vm, effect.token, effect.grace_ns / 1e9)
         self._asks[self._last_ask] = (self.agent.lives, effect)
-        self.sim.after(LOCAL_NS, self._tell_guard, rules.Asked(self._last_ask, order))
+        self.sim.after(LOCAL_NS, self._tell_guard, guard_events.Asked(self._last_ask, order))
 
 
 def _report(report: RunReport) -> GuardReport:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import attrs
 
-from ha_core.guard import rules
+from ha_core.guard import events as guard_events
 from ha_core.guard.control import StartRequest
 from ha_core.ids import FencingToken, HostName, LeaseToken, VmName
 from ha_core.testing.campaigns.cluster_checker import ClusterChecker, Execution
@@ -51,7 +51,7 @@ class Shim:
     deadline_ns: int = 0
     shutdown_ns: int = 0
     stop_by_ns: int = 0
-    state: rules.RunState = rules.RunState.STARTING
+    state: guard_events.RunState = guard_events.RunState.STARTING
     text: str = ""
     exit_code: int | None = None
     executes: bool = False
@@ -68,7 +68,7 @@ class Hypervisor:
         self.host = host
         self.name = HostName(host.name)
         self.shims: dict[str, Shim] = {}
-        self.tell: Callable[[rules.Event], None] = lambda event: None
+        self.tell: Callable[[guard_events.Event], None] = lambda event: None
         self.lease_covers: Callable[[Shim], bool] = lambda shim: False
         self.on_issued: Callable[[VmName, FencingToken], None] = lambda vm, token: None
         """The guard has told a shim to start the VM."""
@@ -83,37 +83,37 @@ class Hypervisor:
 
     # -- by the guard --
 
-    def perform(self, effect: rules.Effect) -> None:
+    def perform(self, effect: guard_events.Effect) -> None:
         match effect:
-            case rules.StartRun(order, deadline_ns, shutdown_ns, _):
+            case guard_events.StartRun(order, deadline_ns, shutdown_ns, _):
                 self._start(order, deadline_ns, shutdown_ns)
-            case rules.WriteRun(vm, token, lease_token, deadline_ns, _):
+            case guard_events.WriteRun(vm, token, lease_token, deadline_ns, _):
                 shim = self._shim(vm, token)
                 if shim is not None:
                     shim.lease = LeaseToken(lease_token)
                     self._checker.restamped(self.name, shim.vm, shim.token, shim.lease)
                     self._arm(shim, deadline_ns)
-            case rules.StopRun(vm, token, stop_by_ns):
+            case guard_events.StopRun(vm, token, stop_by_ns):
                 shim = self._shim(vm, token)
                 if shim is not None and not shim.state.reaped:
                     self._judge_stop(shim)
                     shim.stop_by_ns = stop_by_ns
                     self._end_within(shim, max(0, stop_by_ns - self.host.clock.now_ns()), "stopped")
-            case rules.KillRun(vm, token):
+            case guard_events.KillRun(vm, token):
                 shim = self._shim(vm, token)
                 if shim is not None and not shim.state.reaped:
                     self._judge_stop(shim)
                     self._end_after(shim, 0, "killed")
-            case rules.KeepTombstone(vm, token, lease_token):
-                stopped = rules.RunState.STOPPED
+            case guard_events.KeepTombstone(vm, token, lease_token):
+                stopped = guard_events.RunState.STOPPED
                 self.shims[vm] = Shim(VmName(vm), FencingToken(token), LeaseToken(lease_token), state=stopped, text="never")
             case _:
                 raise TypeError(f"the hypervisor cannot do {effect}")
 
-    def found(self) -> list[rules.RunFound]:
+    def found(self) -> list[guard_events.RunFound]:
         """What an earlier guard left."""
         return [
-            rules.RunFound(
+            guard_events.RunFound(
                 shim.vm, shim.token, shim.lease, shim.deadline_ns, shim.shutdown_ns, shim.stop_by_ns, shim.state,
                 shim.exit_code, shim.text,
             )
@@ -188,9 +188,9 @@ class Hypervisor:
             self._gone(life, shim, error, started=False)
             return
         shim.executes = True
-        shim.state = rules.RunState.RUNNING
+        shim.state = guard_events.RunState.RUNNING
         self._checker.begin(Execution(shim.vm, self.name, shim.token, shim.lease, self.sim.now_ns))
-        self.tell(rules.RunUp(shim.vm, shim.token))
+        self.tell(guard_events.RunUp(shim.vm, shim.token))
 
     def _arm(self, shim: Shim, deadline_ns: int) -> None:
         shim.deadline_ns = deadline_ns
@@ -200,10 +200,10 @@ class Hypervisor:
         if shim.shutdown_timer is not None:
             shim.shutdown_timer.cancel()
         shim.shutdown_timer = None
-        if deadline_ns < rules.NEVER and shim.shutdown_ns:
+        if deadline_ns < guard_events.NEVER and shim.shutdown_ns:
             asked_ns = self.host.clock.virtual(deadline_ns - shim.shutdown_ns)
             shim.shutdown_timer = self.sim.at(asked_ns, self._shut_down, self._life, shim)
-        if deadline_ns < rules.NEVER:
+        if deadline_ns < guard_events.NEVER:
             shim.timer = self.sim.at(self.host.clock.virtual(deadline_ns), self._deadline, self._life, shim)
 
     def _deadline(self, life: int, shim: Shim) -> None:
@@ -237,9 +237,9 @@ class Hypervisor:
         shim.ending, shim.executes = True, False
         if shim.timer is not None:
             shim.timer.cancel()
-        shim.state = rules.RunState.STOPPED if started else rules.RunState.FAILED
+        shim.state = guard_events.RunState.STOPPED if started else guard_events.RunState.FAILED
         shim.text = why
         shim.exit_code = -9
         if began:
             self._checker.end(shim.vm, self.name, shim.token, why)
-        self.tell(rules.RunGone(shim.vm, shim.token, -9, why, started))
+        self.tell(guard_events.RunGone(shim.vm, shim.token, -9, why, started))

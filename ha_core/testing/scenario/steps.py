@@ -9,7 +9,7 @@ from typing import Final
 import attrs
 
 from ha_core.config import ns
-from ha_core.guard import rules
+from ha_core.guard import events as guard_events
 from ha_core.ids import HostName, VmName
 from ha_core.machines.failover import commands as c
 from ha_core.machines.failover.records import HostState, Mode, Wanted
@@ -182,7 +182,7 @@ class Steps:
         host.hypervisor.shutting_down = True
         host.on_ended = partial(self._end_host, name, boots, reboot)
         if host.guard.alive:
-            host.guard.post(ToGuard(rules.EndAsked(stop_vms=True)))
+            host.guard.post(ToGuard(guard_events.EndAsked(stop_vms=True)))
         else:
             self._end_host(name, boots, reboot)
 

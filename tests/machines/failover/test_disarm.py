@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ha_core.guard import events as guard_events
 from ha_core.guard import rules
 from ha_core.guard.control import StartRequest
 from ha_core.guard.renewal import RenewalAnswer, Status
@@ -19,30 +20,30 @@ class Pair:
         self.guard = rules.GuardRules(
             host="h1", boot_id=bytes([1]) * 16, instance=bytes([1]) * 16, renewal_ns=RENEWAL_NS, now_ns=self.now_ns
         )
-        self.performed: list[rules.Effect] = []
+        self.performed: list[guard_events.Effect] = []
         self.turn()
         self.office.log.start("vm", "h1")
         token = self.office.log.runs("vm").token
-        self._receive(rules.Asked(1, StartRequest("vm", self.guard.lease_token, token, ("true",))))
-        self._receive(rules.RunUp("vm", token))
+        self._receive(guard_events.Asked(1, StartRequest("vm", self.guard.lease_token, token, ("true",))))
+        self._receive(guard_events.RunUp("vm", token))
 
     @property
     def now_ns(self) -> int:
         return self.office.now_ns
 
     @property
-    def run(self) -> rules.Run:
+    def run(self) -> guard_events.Run:
         return self.guard.runs["vm"]
 
     @property
     def killed(self) -> bool:
-        return any(isinstance(effect, rules.KillRun) for effect in self.performed)
+        return any(isinstance(effect, guard_events.KillRun) for effect in self.performed)
 
-    def _receive(self, event: rules.Event) -> list[rules.Effect]:
+    def _receive(self, event: guard_events.Event) -> list[guard_events.Effect]:
         self.guard.receive([event], self.now_ns)
         return self._take()
 
-    def _take(self) -> list[rules.Effect]:
+    def _take(self) -> list[guard_events.Effect]:
         effects = self.guard.take_effects()
         self.performed += effects
         self.guard.check()
@@ -53,7 +54,7 @@ class Pair:
         self.guard.handle_timer(self.now_ns)
         answers: list[RenewalAnswer] = []
         for effect in self._take():
-            if isinstance(effect, rules.SendRenewal):
+            if isinstance(effect, guard_events.SendRenewal):
                 self.office.server.receive(effect.renewal, ("h1", "a"), self.now_ns)
                 answers += self.office.prove(self.office.run())
         return answers
@@ -63,7 +64,7 @@ class Pair:
         for _ in range(count):
             self.office.wait(RENEWAL_NS / SECOND)
             for answer in self.ask():
-                self._receive(rules.Answered(answer))
+                self._receive(guard_events.Answered(answer))
 
     def order(self, mode: Mode) -> None:
         self.office.log.done(c.SetSettings.of(Settings(mode=mode)))
@@ -77,8 +78,8 @@ def test_a_cluster_that_is_disarmed_keeps_its_vms() -> None:
     pair.turn(40)
 
     assert not pair.guard.armed
-    assert (pair.run.state, pair.run.lost) == (rules.RunState.RUNNING, False)
-    assert pair.run.deadline_ns == rules.NEVER
+    assert (pair.run.state, pair.run.lost) == (guard_events.RunState.RUNNING, False)
+    assert pair.run.deadline_ns == guard_events.NEVER
 
 
 def test_a_lease_that_was_disarmed_gets_its_deadline_back_under_a_new_token_only() -> None:
@@ -90,12 +91,12 @@ def test_a_lease_that_was_disarmed_gets_its_deadline_back_under_a_new_token_only
     pair.ask()
     guard = pair.guard
     pair._receive(
-        rules.Answered(
+        guard_events.Answered(
             RenewalAnswer(guard.instance, guard.sent, Status.CONFIRMED, guard.lease_token, LEASE_NS, guard.margin_ns)
         )
     )
     assert not guard.armed
-    assert pair.run.deadline_ns == rules.NEVER
+    assert pair.run.deadline_ns == guard_events.NEVER
 
     before = pair.guard.lease_token
     pair.order(Mode.ARMED)
@@ -118,7 +119,7 @@ def test_disarming_again_before_the_guard_has_agreed_to_be_armed_disturbs_no_vm(
     pair.turn(40)
 
     assert not pair.killed
-    assert (pair.run.state, pair.run.lost) == (rules.RunState.RUNNING, False)
+    assert (pair.run.state, pair.run.lost) == (guard_events.RunState.RUNNING, False)
     assert not pair.guard.armed
 
 
