@@ -10,6 +10,7 @@ Wire: u32 length, then a msgpack array: [REQUEST, id, method, params], [RESULT, 
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -26,6 +27,8 @@ from ha_core import errors
 from ha_core.config import split_address
 from ha_core.errors import DecodeError, HAError, RemoteProtocolError, TransportError
 from ha_core.runtime.entropy import fresh_id
+
+logger = logging.getLogger(__name__)
 
 REQUEST, RESULT, ERROR, ITEM, CANCEL = range(5)
 MAX_FRAME_BYTES = 1 << 20
@@ -106,7 +109,7 @@ class _Frames:
             return None
         try:
             message = msgpack.unpackb(body, max_array_len=1 << 16, max_map_len=1 << 16, strict_map_key=False)
-        except (ValueError, msgpack.exceptions.UnpackException) as exc:
+        except (ValueError, TypeError, msgpack.exceptions.UnpackException) as exc:
             raise DecodeError(f"a frame that is no msgpack: {exc}") from exc
         if not isinstance(message, list) or len(message) < 2 or not isinstance(message[1], int):
             raise DecodeError("a frame that is no request and no answer")
@@ -162,6 +165,11 @@ async def _read_requests(frames: _Frames, handler: Handler, nursery: trio.Nurser
                 await frames.send([RESULT, number, await handler(call)])
             except HAError as exc:
                 await frames.send([ERROR, number, type(exc).__name__, str(exc), _attributes(exc)])
+            except (TypeError, ValueError, AttributeError, LookupError, OSError) as exc:
+                # Parameters of a form that the handler did not look for, or a disk that is full: one request's, not the server's.
+                logger.exception("%s failed", call.method[:40])
+                text = f"{call.method[:40]}: failed: {type(exc).__name__}: {' '.join(str(exc).split())}"
+                await frames.send([ERROR, number, "HAError", text, {}])
         del scopes[number]
 
     while (message := await frames.receive()) is not None:

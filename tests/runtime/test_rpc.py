@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from ha_core.errors import (
+    HAError,
     LocalProtocolError,
     NotJoinedError,
     NotLeaderError,
@@ -101,6 +102,26 @@ async def test_a_hostile_frame_ends_its_connection_only() -> None:
                 pass
 
         assert await client.call("echo", value="still here") == "still here"
+
+
+@pytest.mark.parametrize("body", [b"\x81\x90\x00", b"\x93\x00\x01\xc1", b"\x91" * 2000, b"\xc7\x08\xff" + bytes(8)])
+async def test_a_hostile_message_of_a_key_holder_ends_its_connection_only(tmp_path: Path, body: bytes) -> None:
+    path = tmp_path / "a.sock"
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lambda task_status: serve_unix(path, handle, task_status=task_status))
+        async with await trio.open_unix_socket(str(path)) as stream:
+            await stream.send_all(len(body).to_bytes(4, "big") + body)
+            assert not await stream.receive_some()
+        async with dial_rpc(path) as client:
+            assert await client.call("echo", value=1) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_parameters_that_a_handler_did_not_look_for_fail_their_request_only() -> None:
+    async with served() as address, dial_rpc(address, key=KEY) as client:
+        with pytest.raises(HAError, match="^echo: failed: KeyError: 'value'$"):
+            await client.call("echo")
+        assert await client.call("echo", value=3) == 3
 
 
 async def test_a_cancelled_call_frees_its_number_and_the_connection_goes_on() -> None:
