@@ -35,6 +35,7 @@ MAX_LINE_BYTES = 64 * 1024
 MAX_REPLY_BYTES = 4 << 20
 MAX_TOKEN = (1 << 63) - 2
 MAX_NAME_BYTES = 100
+MAX_SHUTDOWN_S = 86_400
 SOCKET_NAME = "guard.sock"
 PROCESSES = ("guard", "aam", "vpxa")
 
@@ -324,8 +325,8 @@ def _is_text(value: Json) -> bool:
 
 def _seconds(data: dict[str, Json]) -> float:
     value = data.get("shutdown_s", 0.0)
-    if type(value) not in (int, float) or not isinstance(value, int | float) or not 0 <= value <= 86_400:
-        raise ControlError("bad-request", "shutdown_s: expected seconds from 0 to 86400")
+    if type(value) not in (int, float) or not isinstance(value, int | float) or not 0 <= value <= MAX_SHUTDOWN_S:
+        raise ControlError("bad-request", f"shutdown_s: expected seconds from 0 to {MAX_SHUTDOWN_S}")
     return float(value)
 
 

@@ -21,6 +21,7 @@ import attrs
 from ha_core.errors import ConfigError
 from ha_core.ids import HostName
 from ha_core.machines.failover.records import Host, Name
+from ha_core.machines.failover.shapes import is_host_name
 
 HEAD: Final = "# FT_HOSTS: names of the cluster, written from its database; changes made here are overwritten.\n"
 
@@ -54,15 +55,16 @@ class Entry:
 
 
 def entries_of(hosts: Mapping[HostName, Host], names: Mapping[str, Name]) -> tuple[Entry, ...]:
-    """The table of all hosts and other managed names, by name."""
-    found = {
-        str(host.name): Entry(host.name, tuple(_place(link, address) for link, address in host.addresses))
-        for host in hosts.values()
-    }
+    """The table of all hosts and other managed names, by name. What is no IP address (a link may be configured by a host's
+    name) and what is no name is left out: a hosts file is not for it."""
+    found = {str(host.name): _entry(host.name, [_place(*address) for address in host.addresses], ()) for host in hosts.values()}
     for name in names.values():
-        places = tuple(Place(address) for address in name.addresses)
-        found[name.fqdn] = Entry(name.fqdn, places, name.aliases)
-    return tuple(found[fqdn] for fqdn in sorted(found))
+        found[name.fqdn] = _entry(name.fqdn, [Place(address) for address in name.addresses], name.aliases)
+    return tuple(found[fqdn] for fqdn in sorted(found) if is_host_name(fqdn))
+
+
+def _entry(fqdn: str, places: Iterable[Place], aliases: Iterable[str]) -> Entry:
+    return Entry(fqdn, tuple(one for one in places if _is_address(one.address)), tuple(filter(is_host_name, aliases)))
 
 
 def _place(link: str, address: str) -> Place:

@@ -25,6 +25,25 @@ def test_the_table_lists_hosts_with_links_and_other_managed_names() -> None:
     assert table[1].places == (Place("10.0.0.1", "a", 7400), Place("fd00::1", "six", 7401))
 
 
+def test_what_is_no_address_or_no_name_is_not_in_the_table() -> None:
+    """A link may be configured by a host's name, and one wrong line would spoil the whole file."""
+    hosts = {HostName("h1.example"): Host(HostName("h1.example"), (("a", "h1-a.example:7400"), ("b", "10.1.0.1:7400")))}
+    names = {
+        "far.example": Name("far.example", ("nowhere",)),
+        "two\nlines": Name("two\nlines", ("10.0.0.7",)),
+        "x.example": Name("x.example", ("10.0.0.8",), ("x", "a b", "#")),
+    }
+
+    table = entries_of(hosts, names)
+
+    assert table == (
+        Entry("far.example", ()),
+        Entry("h1.example", (Place("10.1.0.1", "b", 7400),)),
+        Entry("x.example", (Place("10.0.0.8"),), ("x",)),
+    )
+    assert correct_hosts(b"127.0.0.1 h1.example\n", table).text == b"10.1.0.1 h1.example h1\n"
+
+
 def test_the_table_survives_its_text() -> None:
     assert parse_ft_hosts(format_ft_hosts(TABLE)) == TABLE
 

@@ -23,6 +23,7 @@ from ha_core.machines.failover.records import (
     Vm,
     Wanted,
 )
+from ha_core.machines.failover.shapes import shape_problem
 
 # -- hosts --
 
@@ -30,6 +31,9 @@ from ha_core.machines.failover.records import (
 @procedure(c.RegisterHost)
 def register_host(tx: KvTransaction, index: LogIndex, command: c.RegisterHost) -> Outcome:
     new = command.host()
+    problem = shape_problem(new)
+    if problem:
+        return refuse(problem)
     old = Host.get(tx, new.name)
     if old is None:
         decide(tx, index, "registered", host=new.name)
@@ -80,6 +84,9 @@ def set_host_role(tx: KvTransaction, index: LogIndex, command: c.SetHostRole) ->
 @procedure(c.DefineVm)
 def define_vm(tx: KvTransaction, index: LogIndex, command: c.DefineVm) -> Outcome:
     new = command.vm()
+    problem = shape_problem(new)
+    if problem:
+        return refuse(problem)
     vms = {vm.name: vm for vm in Vm.all(tx)}
     old = vms.get(new.name)
     vms[new.name] = new
@@ -175,7 +182,11 @@ def move_vm(tx: KvTransaction, index: LogIndex, command: c.MoveVm) -> Outcome:
 
 @procedure(c.SetRule)
 def set_rule(tx: KvTransaction, index: LogIndex, command: c.SetRule) -> Outcome:
-    command.rule().put(tx)
+    rule = command.rule()
+    problem = shape_problem(rule)
+    if problem:
+        return refuse(problem)
+    rule.put(tx)
     return DONE
 
 
@@ -188,6 +199,9 @@ def remove_rule(tx: KvTransaction, index: LogIndex, command: c.RemoveRule) -> Ou
 @procedure(c.SetSettings)
 def set_settings(tx: KvTransaction, index: LogIndex, command: c.SetSettings) -> Outcome:
     old, new = settings_of(tx), command.settings()
+    problem = shape_problem(new)
+    if problem:
+        return refuse(problem)
     if new.margin_ns * 50 < new.lease_ns or new.margin_ns >= new.lease_ns:
         return refuse("margin_ns must be at least 2 % of lease_ns and less than it")
     if not new.retries_ns or list(new.retries_ns) != sorted(new.retries_ns):
@@ -214,6 +228,9 @@ def _failover_in_progress(tx: KvTransaction) -> bool:
 @procedure(c.SetName)
 def set_name(tx: KvTransaction, index: LogIndex, command: c.SetName) -> Outcome:
     entry = command.entry()
+    problem = shape_problem(entry)
+    if problem:
+        return refuse(problem)
     if entry.addresses:
         entry.put(tx)
     else:

@@ -434,6 +434,31 @@ def test_settings_that_cannot_be_kept_are_refused() -> None:
     assert not log.run(c.SetSettings.of(Settings(retries_ns=(5, 1)))).done
 
 
+@pytest.mark.parametrize(
+    ("command", "field"),
+    [
+        (c.DefineVm.of(Vm(VmName("vm"), memory_mib="1g")), "memory_mib"),  # type: ignore[arg-type]
+        (c.DefineVm.of(Vm(VmName("vm"), cpu_mhz=-1)), "cpu_mhz"),
+        (c.DefineVm.of(Vm(VmName("vm"), shutdown_ns=True)), "shutdown_ns"),
+        (c.DefineVm.of(Vm(VmName("vm"), shutdown_ns=86_401 * 10**9)), "shutdown_ns"),
+        (c.DefineVm.of(Vm(VmName("vm"), stop_ns=-2)), "stop_ns"),
+        (c.DefineVm.of(Vm(VmName(""))), "name"),
+        (c.DefineVm.of(Vm(VmName("v" * 101))), "name"),
+        (c.RegisterHost.of(Host(HostName("h1"), cpu_mhz=None)), "cpu_mhz"),  # type: ignore[arg-type]
+        (c.RegisterHost.of(Host(HostName("h 1"))), "name"),
+        (c.SetSettings.of(Settings(starts_per_host="1")), "starts_per_host"),  # type: ignore[arg-type]
+        (c.SetRule.of(Rule(7, RuleKind.APART)), "name"),  # type: ignore[arg-type]
+        (c.SetName.of(Name("two words", ("10.0.0.1",))), "fqdn"),
+    ],
+)
+def test_a_record_that_no_replica_could_work_with_is_refused(command: c.Command, field: str) -> None:
+    """The planner of every leader would stumble over it, for ever."""
+    outcome = Log().run(command)
+
+    assert not outcome.done
+    assert outcome.reason.startswith(f"{field}: ")
+
+
 def test_the_history_of_decisions_is_bounded() -> None:
     log = Log(hosts=1)
     for _ in range(HISTORY + 20):
