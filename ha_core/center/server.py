@@ -210,7 +210,7 @@ class Center:
             await self._until_no_member(name)
             await call_host(known.management, self._key, "host.leave", removed=True)
         except HAError as exc:
-            hint = f"when {name} is back, run there: ha-core host leave --config FILE"
+            hint = f"when {name} is back, run there: ha-core host leave --force --config FILE"
             return {"name": name, "left": False, "text": f"{name} is removed, but was not told to leave ({exc}); {hint}"}
         return {"name": name, "left": True, "text": f"{name} has left the cluster"}
 

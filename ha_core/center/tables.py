@@ -29,7 +29,7 @@ def host_rows(hosts: Iterable[Host], leases: Iterable[Lease], status: View, view
             "links": dict(host.addresses), "management": host.management, "cpu_mhz": host.cpu_mhz,
             "memory_mib": host.memory_mib, "containment": host.containment, "lease": lease.token if lease else 0,
             "lease_state": "none" if lease is None else "revoked" if lease.revoked else "held",
-            "verdict": "no answer" if isinstance(view, str) else view["verdict"],
+            "verdict": "unreachable" if isinstance(view, str) else view["verdict"],
             "verdict_reason": view if isinstance(view, str) else view.get("verdict_reason", ""),
         })  # fmt: skip
     return rows
@@ -40,7 +40,7 @@ def path_rows(views: Mapping[HostName, View | str]) -> list[Row]:
     rows: list[Row] = []
     for host, view in views.items():
         if isinstance(view, str):
-            rows.append({"host": host, "peer": "", "link": "", "state": f"no answer: {view}", "rtt_ms": ""})
+            rows.append({"host": host, "peer": "", "link": "", "state": f"unreachable: {view}", "rtt_ms": ""})
         else:
             rows.extend({"host": host, **path} for path in cast(Sequence[Row], view["paths"]))
     return sorted(rows, key=lambda row: (str(row["host"]), str(row["peer"]), str(row["link"])))

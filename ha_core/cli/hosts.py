@@ -67,7 +67,10 @@ def list_hosts(center: str, key: Path, as_json: bool) -> None:
 @asks_center
 def list_paths(center: str, key: Path, as_json: bool) -> None:
     """Every path between hosts: its state and round trip."""
-    show(ask_center(center, key, "host.paths"), ("host", "peer", "link", "state", "rtt_ms"), as_json)
+    rows = ask_center(center, key, "host.paths")
+    if not as_json:
+        rows = [row if row["state"] == "up" else {**row, "rtt_ms": ""} for row in rows]
+    show(rows, ("host", "peer", "link", "state", "rtt_ms"), as_json)
 
 
 @host.command("remove", short_help="Take an empty host out of the cluster.")
@@ -81,13 +84,14 @@ def remove_host(center: str, key: Path, as_json: bool, name: str) -> None:
 
 @host.command("leave", short_help="Forget the cluster, on this host.")
 @click.option("--config", type=click.Path(path_type=Path), required=True, help="This host's configuration.")
-def leave_host(config: Path) -> None:
+@click.option("--force", is_flag=True, help="It was removed, although it has not heard of that.")
+def leave_host(config: Path, force: bool) -> None:
     """Forget the cluster, on this host: for one that was removed while it could not be reached."""
     loaded = Config.load(config)
 
     async def ask() -> None:
         async with dial_rpc(run_dir_of(loaded) / VPXA_SOCKET) as client:
-            await client.call("host.leave")
+            await client.call("host.leave", removed=force)
 
     trio.run(ask)
     click.echo(f"{loaded.node} has left cluster {loaded.cluster}")

@@ -185,12 +185,16 @@ class Vpxa:
     async def _leave(self, call: Call) -> dict[str, object]:
         """Forget the cluster: its file and its key; aam and VMAP follow the file, and a new join token is made.
 
-        ``removed``: the center says that the host is removed; else our own replica must not show it as registered.
+        ``removed``: the center or an administrator says that the host is removed; else our own replica must not show it as
+        registered. A host that was away when it was removed never hears of it: the members speak to it no more.
         """
         if not self._is_member():
             raise NotJoinedError(f"{self._host} belongs to no cluster")
         if call.params.get("removed") is not True and self._host in self._vms.agent.inventory.hosts:
-            raise OperationFailedError(f"{self._host} is still registered: 'ha-core host remove {self._host}' does it all")
+            raise OperationFailedError(
+                f"{self._host} is registered, as far as it has heard: 'ha-core host remove {self._host}' does it all; "
+                "if that was done while this host could not be reached, say --force"
+            )
         alive = sorted(run.name for run in await self._process.list() if run.state not in ("stopped", "failed"))
         if alive:
             raise OperationFailedError(f"{self._host}: {', '.join(alive)} still runs here: stop it, or wait for its deadline")

@@ -183,7 +183,7 @@ async def test_the_status_says_who_waits_and_how_each_host_sees_itself(tmp_path:
         async with vpxa(tmp_path / "1", cluster(records)) as one:
             status = cast(dict[str, list[dict[str, object]]], await ask(one, "cluster.status"))
 
-    assert [row["verdict"] for row in status["hosts"]] == ["connected", "isolated", "no answer"]
+    assert [row["verdict"] for row in status["hosts"]] == ["connected", "isolated", "unreachable"]
     assert status["hosts"][1]["verdict_reason"] == "nobody answers"
     assert {row["name"]: (row["state"], row["waits"]) for row in status["vms"]} == {
         "web": ("running", ""), "mail": ("waiting", "no host has room and is allowed"), "old": ("stopped", ""),
@@ -206,7 +206,7 @@ async def test_paths_are_asked_of_every_host_and_one_that_is_silent_is_said_to_b
             rows = cast(list[dict[str, object]], await ask(one, "host.paths"))
 
     assert rows[0] == {"host": "h1.example", **path}
-    assert "no answer: 127.0.0.1:1: nobody answers" in cast(str, rows[1]["state"])
+    assert "unreachable: 127.0.0.1:1: nobody answers" in cast(str, rows[1]["state"])
 
 
 @pytest.mark.parametrize("method", ["host.paths", "host.list", "cluster.status", "vm.list", "explain"])

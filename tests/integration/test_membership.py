@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,19 +15,20 @@ from pathlib import Path
 import pytest
 
 from ha_core.demo.processes import MARK, kill_all
+from ha_core.guard.processes import lock_holder
 
 pytestmark = pytest.mark.integration
 
 
 class World:
-    """Two hosts on loopback addresses and a center; all of its processes carry a mark of their own."""
+    """Three hosts on loopback addresses and a center; all of its processes carry a mark of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mark = f"membership-{os.getpid()}-{time.monotonic_ns()}"
         self.center = f"127.0.0.1:{free_port('127.0.0.1')}"
         self._processes: list[subprocess.Popen[bytes]] = []
-        for number in (1, 2):
+        for number in (1, 2, 3):
             address = f"127.77.0.{number}"
             ports = [free_port(address) for _ in range(3)]
             self.config(number).write_text(
@@ -73,6 +75,10 @@ class World:
     def add(self, number: int) -> None:
         self.ask("host", "add", f"h{number}.example", "--address", self.management(number), "--token", self.token(number))
 
+    def signal_agents(self, number: int, signo: signal.Signals) -> None:
+        for name in ("guard", "aam", "vpxa"):
+            os.kill(lock_holder(str(self.folder / f"run{number}"), name), signo)
+
     def end(self) -> None:
         kill_all(self.mark)
         for process in self._processes:
@@ -101,13 +107,38 @@ def until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
         time.sleep(0.1)
 
 
-def test_a_host_joins_leaves_with_its_key_and_joins_again(world: World) -> None:
+def found(world: World, *hosts: int) -> None:
+    """The first host is a cluster of its own; the center is up, and the agents of these hosts wait."""
     assert world.run("cluster", "create", "--config", "h1.toml", center=False).returncode == 0
-    for number in (1, 2):
+    for number in (1, *hosts):
         world.start("agent", "--config", f"h{number}.toml")
     world.start("center", "--listen", world.center, "--key", "h1/cluster.key", "--vpxa", world.management(1))
     until(lambda: world.roles() == {"h1.example": "active primary"})
+    until(lambda: all((world.data(number) / "join.token").exists() for number in hosts))
+
+
+def test_a_host_that_was_away_when_it_was_removed_leaves_by_hand(world: World) -> None:
+    """It never hears of its removal: the members speak to it no more."""
+    found(world, 2, 3)
+    for number in (2, 3):
+        world.add(number)
+    until(lambda: list(world.roles().values()).count("primary") == 2)
+
+    world.signal_agents(2, signal.SIGSTOP)
+    said = world.ask("host", "remove", "h2.example")
+    assert "ha-core host leave --force" in said
+    world.signal_agents(2, signal.SIGCONT)
+
+    assert "--force" in world.run("host", "leave", "--config", "h2.toml", center=False).stderr
+    left = world.run("host", "leave", "--force", "--config", "h2.toml", center=False)
+    assert left.returncode == 0, left.stderr
     until(lambda: (world.data(2) / "join.token").exists())
+    world.add(2)
+    until(lambda: world.roles().get("h2.example") == "primary")
+
+
+def test_a_host_joins_leaves_with_its_key_and_joins_again(world: World) -> None:
+    found(world, 2)
 
     refused = world.run("host", "add", "h2.example", "--address", world.management(2), "--token", "00" * 32)
     assert refused.returncode == 2
