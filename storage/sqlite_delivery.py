@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from struct import Struct
 from typing import Final, TypeVarTuple
 
 import attrs
@@ -13,13 +14,18 @@ from ha_core.errors import OutboxFullError, invariant
 from ha_core.ids import NodeId
 from ha_core.machines.durable import REPLY_PREFIX
 from ha_core.machines.durable_events import Attempt, Batch, RunBatch
+from ha_core.machines.handshake import SeenBoot
 from ha_core.storage.sqlite_transaction import Transaction
 
 Ts = TypeVarTuple("Ts")
 
+BOOT: Final = Struct(">QQ")
+"""Counter and nonce: more than the signed integers of SQLite hold."""
 SCHEMA: Final = (
     "CREATE TABLE ha_incoming (store BLOB NOT NULL, name TEXT NOT NULL, peer TEXT NOT NULL, cursor INTEGER NOT NULL,"
     " digest BLOB NOT NULL, PRIMARY KEY (store, name)) WITHOUT ROWID",
+    "CREATE TABLE ha_boots (store BLOB NOT NULL PRIMARY KEY, peer TEXT NOT NULL, boot BLOB NOT NULL,"
+    " digest BLOB NOT NULL) WITHOUT ROWID",
     "CREATE TABLE ha_attempts (store BLOB NOT NULL, name TEXT NOT NULL, number INTEGER NOT NULL, size INTEGER NOT NULL,"
     " count INTEGER NOT NULL, upto INTEGER NOT NULL, PRIMARY KEY (store, name)) WITHOUT ROWID",
     "CREATE TABLE ha_dead_letters (store BLOB NOT NULL, name TEXT NOT NULL, number INTEGER NOT NULL, peer TEXT NOT NULL,"
@@ -97,6 +103,13 @@ def set_aside(tx: Transaction, batch: RunBatch) -> Delivered:
             (batch.store, batch.name, number, batch.peer, body, batch.dead_letter, time.time()),
         )
     return _step(tx, batch, len(batch.bodies), "")
+
+
+def record_boots(tx: Transaction, boots: Iterable[SeenBoot]) -> None:
+    """Write down which processes of other stores were seen."""
+    for seen in boots:
+        row = (seen.store, seen.peer, BOOT.pack(seen.boot.counter, seen.boot.nonce), seen.boots_digest)
+        tx.own("INSERT OR REPLACE INTO ha_boots VALUES (?,?,?,?)", row)
 
 
 def record_attempt(tx: Transaction, batch: RunBatch, attempt: Attempt) -> None:

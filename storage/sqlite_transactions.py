@@ -20,7 +20,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,10 @@ import trio
 from ha_core.errors import CorruptRecordError, HAError, StorageError, StorageFullError, invariant
 from ha_core.ids import Boot, ChannelName, NodeId, StoreId
 from ha_core.machines.durable_events import Attempt, IncomingState, OutboxRun, OutgoingState
-from ha_core.machines.handshake import extend_boots_digest
+from ha_core.machines.handshake import SeenBoot, extend_boots_digest
+from ha_core.storage.sqlite_delivery import BOOT as _BOOT
 from ha_core.storage.sqlite_delivery import SCHEMA as DELIVERY_SCHEMA
+from ha_core.storage.sqlite_delivery import record_boots
 from ha_core.storage.sqlite_file import FileKind, OpenFile, code_of, open_file, storage_error
 from ha_core.storage.sqlite_outbox import SCHEMA as OUTBOX_SCHEMA
 from ha_core.storage.sqlite_outbox import Outbox
@@ -85,6 +87,23 @@ class Job:
     result: outcome.Outcome[object] | None = None
 
 
+@attrs.define
+class Aside:
+    """What is written beside the jobs of the next group, whichever that is."""
+
+    acked: dict[tuple[NodeId, ChannelName], tuple[int, bytes]] = attrs.field(factory=dict)
+    """What peers have durably: it is forgotten."""
+    boots: dict[StoreId, SeenBoot] = attrs.field(factory=dict)
+    """Which processes of other stores were seen."""
+
+    def __bool__(self) -> bool:
+        return bool(self.acked or self.boots)
+
+    def after(self, older: Aside) -> Aside:
+        """Both; what is newer counts."""
+        return Aside({**older.acked, **self.acked}, {**older.boots, **self.boots})
+
+
 class _Broken(Exception):
     """A group came to nothing; ``guilty`` is the job under which it ended, None if it was the commit."""
 
@@ -103,6 +122,8 @@ class TransactionStore:
         self.path = file.path
         self.outgoing: Sequence[OutgoingState] = outbox.states()
         self.incoming: Sequence[IncomingState] = ()
+        self.seen: Sequence[SeenBoot] = ()
+        """Processes of other stores that were seen by earlier lives of this one."""
         self.requested: frozenset[ChannelName] = frozenset()
         """Channels with requests that wait for their replies, when the store was opened."""
         self.on_commit: Callable[[Sequence[OutboxRun], frozenset[ChannelName]], None] = lambda runs, requested: None
@@ -116,7 +137,7 @@ class TransactionStore:
         self._token = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()
         self._queue: deque[Job] = deque()
-        self._acked: dict[tuple[NodeId, ChannelName], tuple[int, bytes]] = {}
+        self._aside = Aside()
         self._flush_wanted = False
         self._scheduled = False
         self._poison: StorageError | None = None
@@ -166,12 +187,17 @@ class TransactionStore:
     def acknowledge(self, to: NodeId, name: ChannelName, cursor: int, digest: bytes) -> None:
         """Forget what the peer has durably, with the next group."""
         with self._lock:
-            self._acked[to, name] = (cursor, digest)
+            self._aside.acked[to, name] = (cursor, digest)
+
+    def remember_boot(self, seen: SeenBoot) -> None:
+        """Write down which process of another store was seen, with the next group."""
+        with self._lock:
+            self._aside.boots[seen.store] = seen
 
     def flush(self) -> None:
         """Do not wait for the next group: delete what was acknowledged now."""
         with self._lock:
-            if self._acked and not self._poison:
+            if self._aside.acked and not self._poison:
                 self._flush_wanted = True
                 self._schedule()
 
@@ -263,37 +289,39 @@ class TransactionStore:
                     self._scheduled = False
                     return
                 self._flush_wanted = False
-                acked, self._acked = self._acked, {}
+                aside = self._aside
+                if aside:
+                    self._aside = Aside()
                 self._in_hand = jobs
-            self._run(jobs, acked)
+            self._run(jobs, aside)
 
-    def _run(self, jobs: list[Job], acked: Mapping[tuple[NodeId, ChannelName], tuple[int, bytes]]) -> None:
+    def _run(self, jobs: list[Job], aside: Aside) -> None:
         work: deque[list[Job]] = deque([jobs])
-        kept: Mapping[tuple[NodeId, ChannelName], tuple[int, bytes]] = {}
+        kept = done = Aside()
         while work:
             group = work.popleft()
             if self._poison is not None:
                 self._hand_back(group, self._poison)
                 continue
             try:
-                runs = self._attempt(group, acked)
+                runs = self._attempt(group, aside)
             except _Broken as broken:
-                if acked and broken.guilty is None and code_of(broken.cause or broken) == sqlite3.SQLITE_FULL:
+                if aside and broken.guilty is None and code_of(broken.cause or broken) == sqlite3.SQLITE_FULL:
                     # Forgetting needs room, too: whoever only reads, or writes less, must not wait for it.
-                    kept, acked = acked, {}
+                    kept, aside = aside, done
                     work.extendleft([group] if group else [])
                 else:
                     work.extendleft(reversed(self._after_break(group, broken)))
             else:
                 self._group_count += 1
                 requested = frozenset(self._tx.requested)
-                self._post(partial(self._deliver, group, runs, requested, bool(acked)))
-                acked = {}
-        if acked or kept:
+                self._post(partial(self._deliver, group, runs, requested, bool(aside.acked)))
+                aside = done
+        if aside or kept:
             with self._lock:
-                self._acked = {**kept, **acked, **self._acked}
+                self._aside = self._aside.after(aside.after(kept))
 
-    def _attempt(self, group: list[Job], acked: Mapping[tuple[NodeId, ChannelName], tuple[int, bytes]]) -> list[OutboxRun]:
+    def _attempt(self, group: list[Job], aside: Aside) -> list[OutboxRun]:
         """One transaction with every job of the group.
 
         Raises:
@@ -309,8 +337,10 @@ class TransactionStore:
                 self._current = (job.name, time.monotonic_ns())
                 job.result = job.run(tx)
             self._current = job = None
-            if acked:
-                self._outbox.forget(acked)
+            if aside.acked:
+                self._outbox.forget(aside.acked)
+            if aside.boots:
+                record_boots(tx, aside.boots.values())
             runs = self._outbox.write()
             if self._abandoned:
                 raise StorageError(f"{self.path}: the node has stopped")
@@ -419,7 +449,7 @@ async def open_transaction_store(
     async with open_file(path, APP_DB, max_page_count=max_page_count) as file:
         mark = f"/*{secrets.token_hex(4)}*/"
 
-        def build() -> tuple[Identity, Outbox, Transaction, list[IncomingState], frozenset[ChannelName]]:
+        def build() -> tuple[Identity, Outbox, Transaction, list[IncomingState], list[SeenBoot], frozenset[ChannelName]]:
             database = file.connection.database()
             database.execute("PRAGMA foreign_keys=ON")
             identity = _identify(database, path, owner, replica)
@@ -427,15 +457,15 @@ async def open_transaction_store(
             names = frozenset(ChannelName(row[0]) for row in database.execute("SELECT DISTINCT name FROM ha_requests"))
             incoming = _incoming(database)
             tx = Transaction(database, outbox, identity.store, identity.owner, mark, max_transaction_s)
-            return identity, outbox, tx, incoming, names
+            return identity, outbox, tx, incoming, _seen(database), names
 
         try:
-            identity, outbox, tx, incoming, names = await file.connection.run(build)
+            identity, outbox, tx, incoming, seen, names = await file.connection.run(build)
         except sqlite3.Error as exc:
             raise storage_error(exc, path) from exc
         file.cursors.extend(tx.cursors)
         store = TransactionStore(file, identity, outbox, tx)
-        store.incoming = incoming
+        store.incoming, store.seen = incoming, seen
         store.requested = names
         yield store
 
@@ -451,6 +481,11 @@ def _incoming(database: sqlite3.Connection) -> list[IncomingState]:
         )
         for store, name, peer, cursor, digest, number, size, count, upto in database.execute(query)
     ]  # fmt: skip
+
+
+def _seen(database: sqlite3.Connection) -> list[SeenBoot]:
+    query = "SELECT peer, store, boot, digest FROM ha_boots ORDER BY store"
+    return [SeenBoot(peer, store, Boot(*_BOOT.unpack(boot)), digest) for peer, store, boot, digest in database.execute(query)]
 
 
 def _identify(database: sqlite3.Connection, path: Path, owner: NodeId, replica: bytes) -> Identity:

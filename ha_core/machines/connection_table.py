@@ -9,11 +9,11 @@ import attrs
 
 from ha_core.config import Profile, ns
 from ha_core.errors import RemoteProtocolError
-from ha_core.ids import LinkName, NodeId
+from ha_core.ids import LinkName, NodeId, StoreId
 from ha_core.machines import handshake, wire
 from ha_core.machines.connection import Connection
 from ha_core.machines.contract import Effect, Rng
-from ha_core.machines.handshake import REFUSALS, Handshake, Hello
+from ha_core.machines.handshake import REFUSALS, Handshake, Hello, SeenBoot
 from ha_core.machines.messages import Dial, Disconnect, PathChanged, PathKey, PathState, PeerReachable, PeerRefused, SessionDown
 from ha_core.machines.paths import MILLISECOND_NS, SECOND_NS, Liveness, Path
 from ha_core.machines.peers import Peer
@@ -24,6 +24,8 @@ LAG_GRACE_NS = 10 * MILLISECOND_NS
 """After such a lag: time to read what waits in the sockets, before any deadline counts."""
 REFUSAL_REPEAT_NS = 60 * SECOND_NS
 MAX_REFUSALS = 256
+MAX_SEEN = 4096
+"""Stores whose boots are remembered: a node without a durable store has another one in each life."""
 REFUSED_FAILURES = 5
 """A refused dial is repeated as late as if it had failed so often already: nothing will change within milliseconds."""
 
@@ -41,6 +43,8 @@ class ConnectionTable:
     profile: Profile
     rng: Rng
     accept_unknown: bool
+    seen: dict[StoreId, SeenBoot] = attrs.field(factory=dict)
+    """The newest boots of other stores, those that an earlier life of this node has seen among them."""
     effects: list[Effect] = attrs.field(factory=list)
     peers: dict[NodeId, Peer] = attrs.field(factory=dict)
     by_session: dict[bytes, Peer] = attrs.field(factory=dict)
@@ -144,6 +148,12 @@ class ConnectionTable:
             self.lose(connection, reason, now_ns, tell=True)
         peer.paths.pop(path.key.link, None)
         self._note_reachable(peer)
+
+    def note_seen(self, seen: SeenBoot) -> None:
+        self.seen.pop(seen.store, None)
+        if len(self.seen) >= MAX_SEEN:
+            del self.seen[next(iter(self.seen))]
+        self.seen[seen.store] = seen
 
     def forget(self, peer: Peer, now_ns: int) -> None:
         """No session, no paths; a later session with the same process has another id."""

@@ -18,7 +18,7 @@ from ha_core.machines import handshake, wire
 from ha_core.machines.connection import Connection
 from ha_core.machines.connection_table import ConnectionTable
 from ha_core.machines.datagrams import DatagramPort
-from ha_core.machines.handshake import REFUSALS, Handshake, Hello
+from ha_core.machines.handshake import REFUSALS, Handshake, Hello, SeenBoot
 from ha_core.machines.messages import (
     Accepted,
     Disconnect,
@@ -88,6 +88,9 @@ class Connections(ConnectionTable):
             self.lose(connection, "the session was given up meanwhile", now_ns, tell=True)
             return
         verdict = judge(peer.last, theirs)
+        if peer.last is None or peer.last.store != theirs.store:
+            before = judge(self.seen.get(theirs.store), theirs)  # by an earlier life of this node, or before another store
+            verdict = before if before in REFUSALS else verdict
         if verdict in REFUSALS:
             text = f"{theirs.node} at {connection.remote}: {REFUSALS[verdict]} (boot {theirs.boot.counter})"
             raise RemoteProtocolError(text, peer=theirs.node, code=verdict)
@@ -145,7 +148,8 @@ class Connections(ConnectionTable):
             self.by_session[session_id] = peer
             for path in peer.paths.values():
                 path.forgive()
-            self.effects.append(SessionUp(peer.node, session_id, theirs.store, theirs.boot))
+            self.effects.append(SessionUp(peer.node, session_id, theirs.store, theirs.boot, theirs.boots_digest))
+            self.note_seen(SeenBoot(peer.node, theirs.store, theirs.boot, theirs.boots_digest))
         peer.last = theirs
         path = self._path_of(peer, connection, theirs)
         connection.path = path

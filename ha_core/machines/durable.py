@@ -10,7 +10,7 @@ It persists nothing by itself: the transaction store does (durable_events.py has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from ha_core.errors import DecodeError, invariant
@@ -34,6 +34,7 @@ from ha_core.machines.durable_wire import (
     decode,
     encode_report,
 )
+from ha_core.machines.handshake import SeenBoot
 from ha_core.machines.messages import Consumed, DeliverRun, PeerRefused, Priority, SendRun, SessionDown, SessionUp
 
 RUNS_CHANNEL: Final = ChannelName("ha.durable")
@@ -58,10 +59,12 @@ class DurableMachine:
         incoming: Sequence[IncomingState],
         unclean: bool = False,
         max_attempts: int = 5,
+        seen: Iterable[SeenBoot] = (),
     ) -> None:
-        """``unclean``: the store was not closed by its last owner, a handler may have ended it."""
+        """``unclean``: the store was not closed by its last owner, a handler may have ended it. ``seen``: what RememberBoot
+        has written."""
         self.sender = Sender(outgoing)
-        self.receiver = Receiver(incoming, unclean=unclean, max_attempts=max_attempts)
+        self.receiver = Receiver(incoming, unclean=unclean, max_attempts=max_attempts, seen=seen)
         self._sessions: dict[NodeId, tuple[SessionId, StoreId]] = {}
         self._refused: dict[NodeId, SessionId] = {}
         self._effects: list[Effect | Event] = []
@@ -129,7 +132,8 @@ class DurableMachine:
         self._refused.pop(event.peer, None)
         self._sessions[event.peer] = (event.session, event.store)
         self.sender.session_up(event.peer)
-        reports = self.receiver.session_up(event.peer, event.store)
+        seen = SeenBoot(event.peer, event.store, event.boot, event.boots_digest)
+        reports = self.receiver.session_up(seen)
         self._send(event.peer, REPORTS_CHANNEL, [encode_report(Report(True, reports))])
 
     def _session_down(self, event: SessionDown) -> None:

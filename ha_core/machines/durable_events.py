@@ -5,6 +5,7 @@
 * A committed transaction that sent messages -> ``RunsCommitted``. ``LoadOutbox`` -> ``OutboxLoaded``.
 * ``RunBatch`` -> run the handler, step the cursor in the same transaction -> ``BatchDone``. One batch per incoming channel.
 * ``Acknowledged`` -> delete those rows with the next transaction; no answer.
+* ``RememberBoot`` -> write it with the next transaction; no answer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import attrs
 from ha_core.ids import ChannelName, MessageId, NodeId, StoreId
 from ha_core.machines.contract import Effect, Event
 from ha_core.machines.durable_wire import START_DIGEST
+from ha_core.machines.handshake import SeenBoot
 
 # -- messages as handlers see them --
 
@@ -222,6 +224,14 @@ class RunBatch(Effect):
     """The prefix digest at each message."""
     attempt: Attempt | None = None
     dead_letter: str = ""
+
+
+@attrs.frozen
+class RememberBoot(Effect):
+    """Write down which process of another store was seen, with the next transaction and before any RunBatch that follows;
+    no answer. Comes only when that has changed."""
+
+    seen: SeenBoot
 
 
 @attrs.frozen

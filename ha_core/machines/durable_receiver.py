@@ -14,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import attrs
@@ -22,7 +22,7 @@ import attrs
 from ha_core.errors import DecodeError, invariant
 from ha_core.ids import ChannelName, NodeId, StoreId
 from ha_core.machines.contract import Effect
-from ha_core.machines.durable_events import Attempt, BatchDone, ChannelForked, IncomingState, RunBatch
+from ha_core.machines.durable_events import Attempt, BatchDone, ChannelForked, IncomingState, RememberBoot, RunBatch
 from ha_core.machines.durable_wire import (
     FLIGHT_BYTES,
     START_DIGEST,
@@ -34,6 +34,7 @@ from ha_core.machines.durable_wire import (
     encode_fork,
     unpack_run,
 )
+from ha_core.machines.handshake import SeenBoot
 
 BATCH_COUNT: Final = 2048
 """Messages in one RunBatch, at most: they are handled in one transaction."""
@@ -105,13 +106,19 @@ class IncomingChannel:
 class Receiver:
     """All incoming channels of a node."""
 
-    def __init__(self, channels: Sequence[IncomingState], *, unclean: bool, max_attempts: int) -> None:
+    def __init__(
+        self, channels: Sequence[IncomingState], *, unclean: bool, max_attempts: int, seen: Iterable[SeenBoot]
+    ) -> None:
         self.channels: dict[tuple[StoreId, ChannelName], IncomingChannel] = {}
         self._by_store: dict[StoreId, dict[ChannelName, IncomingChannel]] = {}
         self._handlers: dict[ChannelName, int] = {}
         self._unclean = unclean
         self._max_attempts = max_attempts
         self._live: dict[NodeId, StoreId] = {}
+        self._seen: dict[StoreId, SeenBoot] = {boot.store: boot for boot in seen}
+        """What is written down of the processes that run other stores ..."""
+        self._unseen: dict[StoreId, SeenBoot] = {}
+        """... and what is not: of a store from which nothing was ever handled."""
         self.effects: list[Effect] = []
         self.frames: dict[NodeId, list[bytes]] = {}
         self._retrying: dict[tuple[StoreId, ChannelName], IncomingChannel] = {}
@@ -134,9 +141,15 @@ class Receiver:
                 return peer
         return None
 
-    def session_up(self, peer: NodeId, store: StoreId) -> Sequence[ChannelReport]:
+    def session_up(self, seen: SeenBoot) -> Sequence[ChannelReport]:
         """What we have of everything that this store sent, for the first report of the session."""
+        peer, store = seen.peer, seen.store
         self._live[peer] = store
+        self._unseen.pop(store, None)
+        if self._seen.get(store) != seen:
+            self._unseen[store] = seen
+            if any(channel.cursor for channel in self._by_store.get(store, {}).values()):
+                self._remember(store)
         for name in self._handlers:
             if name not in self._by_store.get(store, {}):
                 self._add(IncomingChannel(store, name, peer, suspect=self._unclean))
@@ -149,9 +162,18 @@ class Receiver:
         return [channel.report() for channel in channels]
 
     def session_down(self, peer: NodeId) -> None:
-        self._live.pop(peer, None)
+        store = self._live.pop(peer, None)
+        if store is not None and not any(channel.staged for channel in self._by_store.get(store, {}).values()):
+            self._unseen.pop(store, None)
         self.changed.pop(peer, None)
         self.frames.pop(peer, None)
+
+    def _remember(self, store: StoreId) -> None:
+        """A receiver that restarts still knows which process of a store it served (I11): written once per boot."""
+        seen = self._unseen.pop(store, None)
+        if seen is not None:
+            self._seen[store] = seen
+            self.effects.append(RememberBoot(seen))
 
     def _grant(self, channel: IncomingChannel) -> None:
         if channel.name in self._handlers:
@@ -310,6 +332,8 @@ class Receiver:
         if len(bodies) > count:
             bodies, digests = bodies[:count], digests[:count]
         channel.busy = True
+        if self._unseen:
+            self._remember(channel.store)
         self.effects.append(
             RunBatch(
                 channel.peer, channel.store, channel.name, channel.cursor + 1, bodies, digests, attempt, dead_letter

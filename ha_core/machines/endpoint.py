@@ -6,7 +6,7 @@ verdicts on paths) is ``connections.py``, a session's data ``session.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from ha_core.config import Profile
@@ -16,7 +16,7 @@ from ha_core.machines.channels import INITIAL_WINDOW_BYTES, INITIAL_WINDOW_MESSA
 from ha_core.machines.connections import Connections
 from ha_core.machines.contract import Effect, Event, Rng
 from ha_core.machines.datagrams import session_of
-from ha_core.machines.handshake import NONCE_BYTES, VERSION_MAX, VERSION_MIN, Hello
+from ha_core.machines.handshake import NONCE_BYTES, VERSION_MAX, VERSION_MIN, Hello, SeenBoot
 from ha_core.machines.messages import (
     Accepted,
     Connected,
@@ -58,12 +58,14 @@ class EndpointMachine:
         rng: Rng,
         accept_unknown: bool = True,
         versions: tuple[int, int] = (VERSION_MIN, VERSION_MAX),
+        seen: Iterable[SeenBoot] = (),
     ) -> None:
         """
         Args:
             boots_digest: of all boots of the store before this one (``handshake.extend_boots_digest``).
             links: our links and the ``host:port`` under which others reach us on each.
             accept_unknown: serve nodes that prove the key though SetPeer never named them (they are joining).
+            seen: the newest boots of other stores that earlier lives of this node saw: who goes back behind one is refused.
             versions: the lowest and the highest version of the protocol that this node speaks.
         """
         identity = Hello(
@@ -84,6 +86,8 @@ class EndpointMachine:
         )
         self.node = node
         self._lower = self.table_kind(identity, key, dict(links), profile, rng, accept_unknown)
+        for known in seen:
+            self._lower.note_seen(known)
 
     # -- the contract --
 

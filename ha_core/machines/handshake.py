@@ -85,6 +85,16 @@ class Hello:
     features: int = FEATURES
 
 
+@attrs.frozen
+class SeenBoot:
+    """The newest process that was seen running ``store``, as it said in its handshake."""
+
+    peer: NodeId
+    store: StoreId
+    boot: Boot
+    boots_digest: bytes
+
+
 def extend_boots_digest(digest: bytes, boot: Boot) -> bytes:
     """The digest that the boot after ``boot`` says, if ``boot`` itself said ``digest`` (empty for the first)."""
     return blake2b(

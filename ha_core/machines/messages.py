@@ -113,6 +113,8 @@ class SessionUp(Effect):
     session: SessionId
     store: StoreId
     boot: Boot
+    boots_digest: bytes = b""
+    """Of all earlier boots of the store."""
 
 
 @attrs.frozen

@@ -9,7 +9,7 @@ import attrs
 from ha_core.ids import LinkName, NodeId
 from ha_core.machines.connection import Connection
 from ha_core.machines.datagrams import DatagramPort
-from ha_core.machines.handshake import Hello, extend_boots_digest
+from ha_core.machines.handshake import Hello, SeenBoot, extend_boots_digest
 from ha_core.machines.paths import Path
 from ha_core.machines.session import Session
 
@@ -33,7 +33,7 @@ class Peer:
     """Per connection of the present life, the first probe whose answer proves that it still lives."""
 
 
-def judge(last: Hello | None, hello: Hello) -> str:
+def judge(last: Hello | SeenBoot | None, hello: Hello) -> str:
     """A code of ``handshake.REFUSALS``, or "same" process, or "next" life of the node.
 
     A store that was created anew is another incarnation of the node, not a clone.

@@ -154,6 +154,7 @@ class _OpenNode(AbstractAsyncContextManager[Node]):
             links=config.links,
             profile=config.profile,
             rng=rng,
+            seen=() if store is None else store.seen,
         )
 
     async def _database(self, records: RecordStore | None) -> Child:
@@ -206,7 +207,11 @@ class _OpenNode(AbstractAsyncContextManager[Node]):
 
 def _durable(store: TransactionStore, config: Config) -> DurableMachine:
     return DurableMachine(
-        outgoing=store.outgoing, incoming=store.incoming, unclean=store.unclean, max_attempts=config.message_attempts
+        outgoing=store.outgoing,
+        incoming=store.incoming,
+        unclean=store.unclean,
+        max_attempts=config.message_attempts,
+        seen=store.seen,
     )
 
 

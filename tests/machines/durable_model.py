@@ -21,10 +21,12 @@ from ha_core.machines.durable_events import (
     OutboxLoaded,
     OutboxRun,
     OutgoingState,
+    RememberBoot,
     RunBatch,
     RunsCommitted,
 )
 from ha_core.machines.durable_wire import START_DIGEST, chain, pack_run
+from ha_core.machines.handshake import SeenBoot
 from ha_core.machines.messages import Consumed, DeliverRun, PeerRefused, SendRun, SessionDown, SessionUp
 
 Channel = tuple[NodeId, ChannelName]
@@ -41,6 +43,7 @@ class Disk:
     incoming: dict[tuple[StoreId, ChannelName], IncomingState] = attrs.field(factory=dict)
     effects: Effects = attrs.field(factory=list)
     dead: list[tuple[StoreId, ChannelName, int, str]] = attrs.field(factory=list)
+    boots: dict[StoreId, SeenBoot] = attrs.field(factory=dict)
 
 
 class Failing(Exception):
@@ -63,6 +66,7 @@ class ModelNode:
         self.out: dict[tuple[NodeId, ChannelName], deque[bytes]] = {}
         self.jobs: deque[LoadOutbox | RunBatch] = deque()
         self.boots = 0
+        self.remembered = 0
         self.now_ns = 0
         self.acknowledged: list[Acknowledged] = []
         self.start(unclean=False)
@@ -77,6 +81,7 @@ class ModelNode:
             incoming=list(self.disk.incoming.values()),
             unclean=unclean,
             max_attempts=max_attempts,
+            seen=self.disk.boots.values(),
         )
 
     def feed(self, *events: Event | Effect) -> None:
@@ -89,6 +94,9 @@ class ModelNode:
                     self.jobs.append(effect)
                 case Acknowledged():
                     self._forget(effect)
+                case RememberBoot(seen):
+                    self.remembered += 1
+                    self.disk.boots[seen.store] = seen
                 case ChannelForked():
                     self.forks.append(effect)
                     key = (effect.peer, effect.name)

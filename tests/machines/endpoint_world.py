@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import attrs
 
@@ -123,7 +124,7 @@ class World:
 
     def start(
         self, name: str, *, counter: int = 1, nonce: int | None = None, digest: bytes = b"", key: bytes = KEY,
-        cluster: str = "c1", links: Sequence[str] = LINKS, **options: bool,
+        cluster: str = "c1", links: Sequence[str] = LINKS, **options: Any,
     ) -> Process:  # fmt: skip
         boot = Boot(counter, self.rng.getrandbits(64) if nonce is None else nonce)
         machine = EndpointMachine(

@@ -40,6 +40,15 @@ MUTANTS: list[Mutant] = [
         seed=24,
     ),
     Mutant(
+        name="M4 a receiver that restarted has forgotten whom it served",
+        file="ha_core/machines/endpoint.py",
+        old="        for known in seen:\n",
+        new="        for known in ():\n",
+        invariant="I11",
+        campaign="messages",
+        seed=10,
+    ),
+    Mutant(
         name="M5 acknowledged on receipt instead of on commit",
         file="ha_core/machines/durable_receiver.py",
         old="ChannelReport(self.name, self.cursor, self.digest, ",

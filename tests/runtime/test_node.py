@@ -465,7 +465,7 @@ async def test_node_without_sqlite_refuses_durable_channels(tmp_path: Path) -> N
 
 
 async def test_restored_store_is_reported_and_repeats_nothing(configs: dict[NodeId, Config]) -> None:
-    """By the boots while the receiver lives that saw the newer one; by the digests for one that has restarted since."""
+    """By the boots, also at a receiver that has restarted since it saw the newer one; by the digests once they passed that."""
     path = configs[A].data_dir / "app.db"
     async with open_node(configs[B]) as b, b.open_events() as events, trio.open_nursery() as nursery:
         await b.transact(make_table)
@@ -485,6 +485,8 @@ async def test_restored_store_is_reported_and_repeats_nothing(configs: dict[Node
         nursery.cancel_scope.cancel()
     async with open_node(configs[B]) as b, b.open_events() as events, trio.open_nursery() as nursery:
         nursery.start_soon(b.serve, C, write)
+        async with open_node(configs[A]):
+            assert (await event_of(events, PeerRefusedEvent)).code == "clone"
         async with open_node(configs[A]):
             fork = await event_of(events, ForkedEvent)
             assert (fork.peer, fork.channel) == (A, ChannelName(C))

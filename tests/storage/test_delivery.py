@@ -14,10 +14,11 @@ import pytest
 import trio
 
 from ha_core.errors import InvariantError, LocalProtocolError, OutboxFullError
-from ha_core.ids import ChannelName, NodeId, StoreId
+from ha_core.ids import Boot, ChannelName, NodeId, StoreId
 from ha_core.machines.durable import REPLY_PREFIX
 from ha_core.machines.durable_events import Attempt, Batch, IncomingState, Message, RunBatch
 from ha_core.machines.durable_wire import START_DIGEST, chain
+from ha_core.machines.handshake import SeenBoot
 from ha_core.storage.sqlite_delivery import Delivered, commit_inbox, deliver, record_attempt, set_aside, store_replies
 from ha_core.storage.sqlite_transaction import Transaction
 from ha_core.storage.sqlite_transactions import TransactionStore, open_transaction_store
@@ -255,3 +256,32 @@ async def test_sends_of_a_handler_that_raised_are_not_sent(tmp_path: Path) -> No
 
         assert done.cursor == 2
         assert sent == [1, 2]
+
+
+async def test_boots_of_other_stores_are_written_with_the_next_group_and_the_newest_counts(tmp_path: Path) -> None:
+    newest = SeenBoot(PEER, FROM, Boot((1 << 64) - 1, 1 << 63), b"digest")
+    async with opened(tmp_path) as store:
+        store.remember_boot(SeenBoot(PEER, FROM, Boot(1, 2), b""))
+        store.remember_boot(newest)
+        await store.transact(create)
+
+    async with opened(tmp_path) as store:
+        assert store.seen == [newest]
+
+
+async def test_a_boot_survives_the_group_that_was_to_write_it(tmp_path: Path) -> None:
+    seen = SeenBoot(PEER, FROM, Boot(3, 4), b"digest")
+
+    def end_the_group(tx: Transaction) -> None:
+        for _ in range(2):
+            tx.execute("INSERT OR ROLLBACK INTO effects (at) VALUES (1)")
+
+    async with opened(tmp_path) as store:
+        await store.transact(create)
+        store.remember_boot(seen)
+        with pytest.raises(sqlite3.IntegrityError):
+            await store.transact(end_the_group)
+        await store.transact(numbers)
+
+    async with opened(tmp_path) as store:
+        assert store.seen == [seen]

@@ -28,7 +28,6 @@ class Bench:
     def __init__(self, seed: int = 1) -> None:
         self.sim = Simulation(seed)
         self.oracle = Oracle(self.sim, lambda process: True)
-        self.oracle.lives = {"n1": 1, "n2": 1}
         self.sender = SimStore(self.sim, "n1", lambda image, op: self.oracle.observe("n1", node_id("n1"), image, op))
         self.receiver = SimStore(self.sim, "n2", lambda image, op: self.oracle.observe("n2", TO, image, op))
 

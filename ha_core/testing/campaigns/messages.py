@@ -86,6 +86,8 @@ class World:
         self.oracle = Oracle(sim, lambda name: self.nodes[name].process.alive)
         self.nodes: dict[str, MessagesNode] = {}
         self.clone: MessagesNode | None = None
+        self.turns: dict[str, ChannelName] = {}
+        """The one channel on which a node sends, if that is not left to chance."""
         self.tampered: set[str] = set()
         """Names of nodes whose store was restored, cloned or lost."""
         self.burst = self.rng.random() < 0.15
@@ -146,7 +148,8 @@ class World:
         match rng.randrange(4):
             case 0 | 1:
                 count = rng.randrange(50, 150) if burst else rng.randrange(1, 8)
-                node.send_durable(peer, rng.choice(CHANNELS), [self._body(node, rng, size) for _ in range(count)])
+                channel = rng.choice(CHANNELS)
+                node.send_durable(peer, self.turns.get(node.name, channel), [self._body(node, rng, size) for _ in range(count)])
             case 2:
                 machine = node.machine
                 if machine is not None:
@@ -261,12 +264,33 @@ class World:
         self.clone = clone
         clone.process.start()
         self._act(clone, self.sim.stream("act/clone"))
+        if rng.random() < 0.4:
+            self._take_turns(node, clone, rng)
+            return
         if rng.random() < 0.6:
             # The original restarts until its boot numbers are past those of the clone, and is refused for that, too.
             for turn in range(1, 4):
                 self.sim.after(turn * 350 * MILLISECOND, node.process.end)
                 self.sim.after((turn * 350 + 20) * MILLISECOND, node.process.start)
         self.sim.after(rng.randrange(1500, 5000) * MILLISECOND, clone.process.end)
+
+    def _take_turns(self, node: MessagesNode, clone: MessagesNode, rng: random.Random) -> None:
+        """The original is seen, then the clone, then the original again, by receivers that have restarted since. They send on
+        channels of their own, so that no digest tells the two apart."""
+        self.turns = {node.name: CHANNELS[0], clone.name: CHANNELS[1]}
+        cuts = [self.network.isolate(clone.name)]
+
+        def swap(hidden: str, *, restart: bool) -> None:
+            cuts.append(self.network.isolate(hidden))
+            cuts.pop(0).heal()
+            for name in self.names if restart else ():
+                if name != node.name:
+                    self.nodes[name].process.end()
+                    self.sim.after(rng.randrange(5, 200) * MILLISECOND, self.nodes[name].process.start)
+
+        first_ns, second_ns = rng.randrange(300, 800) * MILLISECOND, rng.randrange(1200, 2500) * MILLISECOND
+        self.sim.after(first_ns, lambda: swap(node.name, restart=False))
+        self.sim.after(second_ns, lambda: swap(clone.name, restart=True))
 
     # -- the liveness phases --
 

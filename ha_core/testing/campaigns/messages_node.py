@@ -22,13 +22,24 @@ from ha_core.machines.durable_events import (
     LoadOutbox,
     OutboxLoaded,
     OutboxRun,
+    RememberBoot,
     RunBatch,
     RunsCommitted,
 )
 from ha_core.machines.endpoint import EndpointMachine
 from ha_core.machines.handshake import VERSION_MAX, VERSION_MIN
 from ha_core.testing.campaigns.messages_newer import NEWER, NewerEndpoint
-from ha_core.testing.campaigns.messages_store import Count, Forget, Fork, Operation, Oracle, SimStore, Step, outbox_bytes
+from ha_core.testing.campaigns.messages_store import (
+    Count,
+    Forget,
+    Fork,
+    Operation,
+    Oracle,
+    Remember,
+    SimStore,
+    Step,
+    outbox_bytes,
+)
 from ha_core.testing.campaigns.messages_talk import Talker
 from ha_core.testing.simulator import MILLISECOND, SECOND, SimClock, SimConnections, SimProcess, Simulation
 
@@ -157,7 +168,6 @@ class MessagesNode:
 
     def _build(self, process: SimProcess) -> MessagesMachine:
         image, unclean = self.store.open()
-        self.oracle.lives[self.name] = process.lives
         self.talker.begin()
         for (store, name), cursor in image.effects.items():
             self.sim.checked("I7")
@@ -167,12 +177,16 @@ class MessagesNode:
         newer = self.rng.random() < self.newer_share
         endpoint = (NewerEndpoint if newer else EndpointMachine)(
             node=self.node, cluster=CLUSTER, key=KEY, store=image.store, boot=image.boot, boots_digest=image.boots_digest,
-            links=self.addresses, profile=PROFILE, rng=process.rng, versions=NEWER if newer else OURS,
+            links=self.addresses, profile=PROFILE, rng=process.rng, versions=NEWER if newer else OURS, seen=image.boots.values(),
         )  # fmt: skip
         if isinstance(endpoint, NewerEndpoint):
             endpoint.offer_features()
         durable = DurableMachine(
-            outgoing=list(image.outgoing.values()), incoming=list(image.incoming.values()), unclean=unclean, max_attempts=3
+            outgoing=list(image.outgoing.values()),
+            incoming=list(image.incoming.values()),
+            unclean=unclean,
+            max_attempts=3,
+            seen=image.boots.values(),
         )
         self.sim.after(0, self._begin, process.lives)
         return MessagesMachine(endpoint, durable)
@@ -211,6 +225,7 @@ class MessagesNode:
         on(LoadOutbox, self._load)
         on(Acknowledged, self._acknowledged)
         on(RunBatch, self._run_batch)
+        on(RememberBoot, lambda effect: self._commit([Remember(effect.seen)]))
         on(ChannelForked, self._forked)
         on(m.PeerRefused, self._refused)
         on(m.RoomChanged, lambda effect: None)

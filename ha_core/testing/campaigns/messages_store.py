@@ -16,7 +16,7 @@ from ha_core.ids import Boot, ChannelName, NodeId, StoreId
 from ha_core.machines.durable_admission import MESSAGE_BYTES, admits
 from ha_core.machines.durable_events import Attempt, IncomingState, OutboxRun, OutgoingState
 from ha_core.machines.durable_wire import START_DIGEST, chain, pack_run
-from ha_core.machines.handshake import extend_boots_digest
+from ha_core.machines.handshake import SeenBoot, extend_boots_digest
 from ha_core.testing.simulator import SimDevice, Simulation
 
 Outgoing = tuple[NodeId, ChannelName]
@@ -56,6 +56,7 @@ class Image:
     """The number of the last effect or dead letter."""
     applied: dict[Incoming, bytes] = attrs.field(factory=dict)
     sent: dict[Outgoing, bytes] = attrs.field(factory=dict)
+    boots: dict[StoreId, SeenBoot] = attrs.field(factory=dict)
     rolled_back: bool = False
     """It is, or comes from, an old copy."""
 
@@ -72,6 +73,7 @@ class Image:
             effects=dict(self.effects),
             applied=dict(self.applied),
             sent=dict(self.sent),
+            boots=dict(self.boots),
         )
 
 
@@ -154,7 +156,17 @@ class Step:
         image.applied[key] = prefixes(image.applied.get(key, START_DIGEST), self.first, self.bodies)[-1]
 
 
-Operation = Send | Forget | Fork | Count | Step
+@attrs.frozen
+class Remember:
+    """Which process of another store was seen."""
+
+    seen: SeenBoot
+
+    def apply(self, image: Image) -> None:
+        image.boots[self.seen.store] = self.seen
+
+
+Operation = Send | Forget | Fork | Count | Step | Remember
 Observer = Callable[[Image, Operation], None]
 
 
@@ -250,12 +262,9 @@ class Oracle:
         self._histories: dict[tuple[StoreId, NodeId, ChannelName], dict[bytes, _Known]] = {}
         self._reached: dict[tuple[StoreId, NodeId, ChannelName], set[bytes]] = {}
         """Prefix digests that were durable at the receiver at some time."""
-        self.lives: dict[str, int] = {}
-        """The present life of each process."""
-        self._owner: dict[tuple[str, int, StoreId], list[str]] = {}
-        """Per life of a receiving process: the owners of a store for which it has advanced, in order. Within a life it never
-        goes back to an owner while the one that followed lives; a receiver that restarted no longer knows whom it served
-        (what it then takes still is one history, and each difference is reported)."""
+        self._owner: dict[tuple[str, StoreId], list[str]] = {}
+        """Per receiving process: the owners of a store for which it has advanced, in order. It never goes back to an owner
+        while the one that followed lives, not even after a restart."""
         self.tampered: set[StoreId] = set()
         """Stores that were restored or cloned: their numbers may be used again."""
 
@@ -360,7 +369,7 @@ class Oracle:
         if store not in self.tampered:
             return
         self._sim.checked("I11")
-        owners = self._owner.setdefault((process, self.lives[process], store), [])
+        owners = self._owner.setdefault((process, store), [])
         if len(found.owners) == 1:
             owner = next(iter(found.owners))
             if not owners or owners[-1] != owner:
