@@ -5,7 +5,8 @@ Volatile: nothing here outlives a leadership, everything that must is in the log
 * L2  A renewal is answered only by a leader that has applied its own first entry and its own Lead, and only after a quorum
       round *begun after the renewal arrived*; one round serves all that wait.
 * L3  Expiry = arrival + L. From the moment a Revoke is proposed that token is never confirmed again.
-* L5  An expired token is never renewed: its holder asks for a new Grant.
+* L5  An expired token is never renewed: its holder asks for a new Grant. A holder that lost its lease on its side does not
+      keep it by asking: it may be one that hears no answer.
 * L6  A new leader counts old leases from the moment that the election vouches for (``counted_from_ns``): never shorter.
 
 A delayed or repeated datagram moves nothing: only a renewal created later than the newest one confirmed counts.
@@ -69,8 +70,15 @@ class _Count:
 
     token: LeaseToken
     expiry_ns: int
+    since_ns: int
+    """When we began to count this token."""
     newest_created_ns: int = -1
-    newest_arrival_ns: int | None = None
+    proven_ns: int | None = None
+    """Arrival of the newest renewal under the token: its holder has heard an answer. An ask does not say so."""
+
+    @property
+    def proven(self) -> bool:
+        return self.proven_ns is not None and self.proven_ns >= self.since_ns
 
 
 class LeaseServer:
@@ -156,12 +164,12 @@ class LeaseServer:
         return self._term != 0 and self._inventory.epoch.term == self._term
 
     def fresh(self, now_ns: int) -> list[HostName]:
-        """Hosts that renewed a moment ago: likely alive, so VMs may be placed there."""
+        """Hosts that renewed a moment ago: likely alive, and they hear us, so VMs may be placed there."""
         since_ns = now_ns - 4 * self._renewal_ns
         return [
             host
             for host, count in sorted(self._counts.items())
-            if count.newest_arrival_ns is not None and count.newest_arrival_ns >= since_ns and count.token not in self._revoking
+            if count.proven_ns is not None and count.proven_ns >= since_ns and count.token not in self._revoking
         ]
 
     def expiry_ns(self, host: HostName) -> int | None:
@@ -206,6 +214,7 @@ class LeaseServer:
             if stood_ns > 0:
                 for count in self._counts.values():
                     count.expiry_ns += stood_ns + 2 * self._renewal_ns
+                    count.since_ns = now_ns
         self._looked_ns = now_ns
 
     def _armed(self, host: HostName) -> bool:
@@ -224,10 +233,11 @@ class LeaseServer:
             count = self._counts.get(host)
             if count is None:
                 since_ns = now_ns if self._granted_by_us(lease) else self._counted_from_ns
-                self._counts[host] = _Count(lease.token, since_ns + lease.hold_ns)
+                self._counts[host] = _Count(lease.token, since_ns + lease.hold_ns, now_ns)
             elif count.token != lease.token:
                 count.token = lease.token
                 count.expiry_ns = max(count.expiry_ns, now_ns + lease.hold_ns)
+                count.since_ns = now_ns
                 count.newest_created_ns = -1
         for host in [host for host in self._counts if host not in self._inventory.leases]:
             del self._counts[host]
@@ -302,7 +312,7 @@ class LeaseServer:
                 return True
             if renewal.lease_token and not self._was_offered(pending, lease):
                 return self._answer(pending, Status.REVOKED)
-            return self._want_grant(pending)
+            return self._is_deaf(pending, lease) or self._want_grant(pending)
         if renewal.boot_id == lease.boot and renewal.created_ns < lease.created_ns:
             return self._answer(pending, Status.REFUSED)
         if renewal.lease_token:
@@ -317,8 +327,20 @@ class LeaseServer:
             return False
         if lease.armed and pending.arrived_ns >= count.expiry_ns:  # L5
             return False
+        if self._is_deaf(pending, lease):
+            return False
         asked = pending.renewal.lease_token
         return asked == 0 or (lease.continued or lease.token) <= asked <= lease.token
+
+    def _is_deaf(self, pending: _Pending, lease: Lease) -> bool:
+        """The holder asks for what it was told it has, though VMs run under it: it heard no answer until the lease ended on its
+        side, and they with it. Unanswered, the lease ends here, too, and they start elsewhere. A guard that took over, and has
+        not shown yet that it hears us, may ask for as long as its VMs can still be held."""
+        count = self._counts.get(lease.host)
+        if pending.renewal.lease_token or count is None or not lease.armed or lease.revoked:
+            return False
+        held = any(run.held and run.host == lease.host for run in self._inventory.runs.values())
+        return held and (count.proven or pending.arrived_ns >= count.since_ns + lease.hold_ns)
 
     def _confirm(self, pending: _Pending, lease: Lease) -> None:
         renewal = pending.renewal
@@ -327,7 +349,8 @@ class LeaseServer:
             return
         if renewal.created_ns > count.newest_created_ns:
             count.newest_created_ns = renewal.created_ns
-            count.newest_arrival_ns = pending.arrived_ns
+            if renewal.lease_token:
+                count.proven_ns = pending.arrived_ns
             count.expiry_ns = max(count.expiry_ns, pending.arrived_ns + lease.hold_ns)
         self._answer(pending, Status.CONFIRMED, lease)
         if not self._numbers_current(lease):

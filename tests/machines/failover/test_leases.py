@@ -7,7 +7,7 @@ from ha_core.ids import HostName
 from ha_core.machines.failover import commands as c
 from ha_core.machines.failover.commands import Command
 from ha_core.machines.failover.leases import Answer, Demand, LeaseServer, Proposal, Round
-from ha_core.machines.failover.records import Mode, Settings
+from ha_core.machines.failover.records import Mode, RunState, Settings
 from tests.machines.failover.support import SECOND, Log
 
 RENEWAL_NS = 150_000_000
@@ -281,6 +281,50 @@ def test_only_hosts_that_renewed_a_moment_ago_are_fresh() -> None:
 
     assert office.server.fresh(office.now_ns) == ["h1"]
     assert office.server.fresh(office.now_ns + SECOND) == []
+
+
+def test_a_host_that_hears_none_of_our_answers_loses_the_lease_that_its_vms_run_under() -> None:
+    """Found by a scenario: with one direction cut the guard lost its lease and asked again and again; each ask was confirmed,
+    so the lease never ended, and the VMs that had ended at their deadline were started nowhere."""
+    office = Office()
+    office.log.start("vm", "h1")
+    office.ask()
+    for _ in range(40):
+        office.wait(0.1)
+        office.ask(token=0)
+
+    assert office.log.runs("vm").state is RunState.LOST
+    assert office.ask(token=0)[0].lease_token == office.log.token("h1")
+    assert office.server.fresh(office.now_ns) == []
+
+
+def test_a_guard_that_took_over_may_ask_until_it_hears_us_and_one_with_nothing_to_hold_for_ever() -> None:
+    """Answers are lost: that is no reason to give up a host."""
+    office = Office(hosts=2)
+    office.log.start("vm", "h1")
+    office.ask("h1")
+    for _ in range(18):
+        office.wait(0.1)
+        office.ask("h1", token=0, instance=2)
+        office.ask("h2", token=0)
+    for _ in range(40):
+        office.wait(0.1)
+        office.ask("h1", instance=2)
+        office.ask("h2", token=0)
+
+    assert not any(isinstance(command, c.Revoke) for command in office.log.history)
+    assert office.log.runs("vm").held
+    assert office.server.fresh(office.now_ns) == ["h1"]
+
+
+def test_a_guard_that_took_over_and_never_hears_us_loses_the_lease() -> None:
+    office = Office()
+    office.log.start("vm", "h1")
+    for _ in range(50):
+        office.wait(0.1)
+        office.ask(token=0, instance=2)
+
+    assert office.log.runs("vm").state is RunState.LOST
 
 
 def test_who_does_not_lead_says_nothing() -> None:
