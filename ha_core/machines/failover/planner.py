@@ -84,6 +84,7 @@ class _Planner:
     def __init__(self, inventory: Inventory, fresh: Collection[HostName], tier_ns: int, now_ns: int) -> None:
         self.inventory = inventory
         self.fresh = fresh
+        self.fresh = fresh
         self.now_ns = now_ns
         self.tier_ns = tier_ns
         self.commands: list[Command] = []
@@ -127,18 +128,28 @@ class _Planner:
         highest_unseen = self._highest_unseen_start()
         for vm in sorted(self.inventory.vms.values(), key=lambda vm: (self.priorities[vm.name], vm.priority, vm.name)):
             run = self.inventory.runs.get(vm.name)
-            if vm.wanted is not Wanted.STARTED or (run is not None and run.held):
+            if vm.wanted is not Wanted.STARTED:
+                continue
+            if run is not None and run.held:
+                if self._is_out_of_sight(run.host):
+                    self._wait(
+                        vm.name, f"it may still run on {run.host}, whose lease has no deadline: needs the host, or fencing"
+                    )
                 continue
             if run is not None and not self._may_start(vm, run):
+                continue
+            missing = self._missing(vm)
+            until_up = f"until {', '.join(missing)} is up"
+            if any(self._stays_down(name) for name in missing):
+                self._wait(vm.name, until_up)  # an order may come or not: no room is kept for it
                 continue
             host = self._choose(vm, run)
             if host is None:
                 self._wait(vm.name, "no host has room and is allowed")
                 continue
             self._take(vm, host)
-            missing = [name for name in vm.after if name in self.inventory.vms and not self._up(VmName(name))]
             if missing:
-                self._wait(vm.name, f"until {', '.join(missing)} is up")
+                self._wait(vm.name, until_up)
                 continue
             priority = self.priorities[vm.name]
             if highest_unseen is not None and highest_unseen < priority:
@@ -164,6 +175,26 @@ class _Planner:
         run = self.inventory.runs.get(name)
         return self.inventory.vms[name].wanted is Wanted.IGNORED or (run is not None and run.up and run.host in self.fresh)
 
+    def _is_out_of_sight(self, host: HostName) -> bool:
+        """It was disarmed, and has not renewed under this leader: its lease can neither go on nor be counted out."""
+        lease = self.inventory.leases.get(host)
+        return lease is not None and not lease.armed and host not in self.fresh
+
+    def _missing(self, vm: Vm) -> list[VmName]:
+        """What it depends on and is not up."""
+        return [VmName(name) for name in vm.after if name in self.inventory.vms and not self._up(VmName(name))]
+
+    def _stays_down(self, name: VmName) -> bool:
+        """Whether it will not come up unless an administrator acts, or what it depends on will not."""
+        vm, run = self.inventory.vms[name], self.inventory.runs.get(name)
+        if vm.wanted is Wanted.STOPPED or (run is not None and (run.failed or self._is_disabled(vm, run))):
+            return True
+        return any(self._stays_down(other) for other in self._missing(vm))
+
+    @staticmethod
+    def _is_disabled(vm: Vm, run: Run) -> bool:
+        return vm.priority is Priority.DISABLED and not run.held and not run.recalled and not run.ordered
+
     def _may_start(self, vm: Vm, run: Run) -> bool:
         """Whether its last run is over, and the time for the next try has come."""
         if run.state is RunState.UNFENCED:
@@ -172,7 +203,7 @@ class _Planner:
         if run.failed:
             self._wait(vm.name, "every try failed: needs an administrator")
             return False
-        if vm.priority is Priority.DISABLED and not run.recalled and not run.ordered:
+        if self._is_disabled(vm, run):
             self._wait(vm.name, "its restart is disabled")
             return False
         home = self.inventory.hosts.get(HostName(run.home))
@@ -221,9 +252,9 @@ class _Planner:
             and weight_of(self.rules, RuleKind.REQUIRE, vm.name, name) is not None
             and self._apart(vm.name, name)
             and (not settled or name in settled.values())
-            and self._retry_allows(vm, run, name)
+            and not (self._relocating(vm, run) and run is not None and name in run.avoid)
         ]
-        return min(allowed, key=lambda name: self._rank(vm, run, name), default=None)
+        return min(self._tried_first(vm, run, allowed), key=lambda name: self._rank(vm, run, name), default=None)
 
     def _settled(self, group: Sequence[VmName], but: VmName, leaving: HostName | None) -> dict[VmName, HostName]:
         """Where the others of a group are, or go."""
@@ -241,13 +272,12 @@ class _Planner:
         """Its starts failed on the present host as often as they may."""
         return run is not None and run.state is RunState.RELEASED and run.attempts > vm.max_restart
 
-    def _retry_allows(self, vm: Vm, run: Run | None, host: HostName) -> bool:
-        """A failing start is tried ``max_restart`` times more on its host, then once on each of ``max_relocate`` others."""
-        if run is None or run.attempts == 0 or run.state is RunState.LOST:
-            return True
-        if self._relocating(vm, run):
-            return host not in run.avoid
-        return host == run.host or run.host not in self.rooms
+    def _tried_first(self, vm: Vm, run: Run | None, allowed: Sequence[HostName]) -> Sequence[HostName]:
+        """A failing start is tried ``max_restart`` times more on its host, as long as it may run there; then once on each of
+        ``max_relocate`` others."""
+        if run is None or run.attempts == 0 or run.state is RunState.LOST or self._relocating(vm, run):
+            return allowed
+        return [name for name in allowed if name == run.host] or allowed
 
     def _rank(self, vm: Vm, run: Run | None, host: HostName) -> tuple[int, int, int, int, int, int, str]:
         settings = self.inventory.settings

@@ -150,6 +150,20 @@ def test_high_priority_keeps_its_room_while_its_dependency_comes_up() -> None:
     assert waits(log) == {"low": "no host has room and is allowed"}
 
 
+def test_no_room_is_kept_for_a_vm_whose_dependency_will_not_come_up() -> None:
+    log = Log(hosts=1)
+    log.add_vm("db", memory_mib=1024, max_restart=0, max_relocate=0)
+    log.assign("db", "h1")
+    log.release("db", failed=True)
+    assert log.runs("db").failed
+    log.add_vm("web", after=("db",), priority=Priority.HIGH, memory_mib=16384)
+    log.add_vm("shop", after=("web",), priority=Priority.HIGH, memory_mib=16384)
+    log.add_vm("mail", priority=Priority.LOW, memory_mib=2048)
+
+    assert assigned(log) == [("mail", "h1")]
+    assert waits(log)["web"] == "until db is up"
+
+
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
@@ -242,6 +256,19 @@ def test_tries_follow_the_schedule_whoever_coordinates() -> None:
     assert where[:2] == ["h2", "h2"]
     assert sorted(where[2:]) == ["h1", "h3"]
     assert waits(log) == {"a": "every try failed: needs an administrator"}
+
+
+def test_a_failing_start_goes_elsewhere_if_its_host_has_no_room_left() -> None:
+    log = Log(hosts=2)
+    log.add_vm("a", memory_mib=16384, max_restart=2)
+    log.assign("a", "h1")
+    log.release("a", failed=True)
+    log.add_vm("b", memory_mib=1024)
+    log.assign("b", "h1")
+    log.report("b")
+    log.now_ns += 10_000 * SECOND
+
+    assert assigned(log) == [("a", "h2")]
 
 
 def test_a_crashed_vm_restarts_on_its_host() -> None:
@@ -377,6 +404,18 @@ def test_a_running_vm_never_moves_for_load_alone() -> None:
         log.start(name, "h1")
 
     assert planned(log).commands == ()
+
+
+def test_what_ran_on_a_host_that_died_while_disarmed_says_what_it_waits_for() -> None:
+    """Its lease has no deadline, so nobody can tell that it does not run there any more."""
+    log = Log(hosts=2)
+    log.start("a", "h1")
+    log.start("b", "h2")
+    log.done(c.SetSettings.of(Settings(mode=Mode.DISARMED)))
+    log.done(c.SetSettings.of(Settings()))
+
+    assert waits(log, "h2") == {"a": "it may still run on h1, whose lease has no deadline: needs the host, or fencing"}
+    assert assigned(log, "h2") == []
 
 
 def test_starts_and_moves_in_progress_are_limited() -> None:
