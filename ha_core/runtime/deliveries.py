@@ -204,7 +204,6 @@ class Deliveries:
 
     def _handle(self, batch: RunBatch) -> None:
         handler = self._handlers.get(batch.name)
-        name = batch.name
         if batch.dead_letter:
             work: Callable[[Transaction], Delivered] = lambda tx: set_aside(tx, batch)  # noqa: E731
         elif batch.name.startswith(REPLY_PREFIX):
@@ -216,12 +215,16 @@ class Deliveries:
             self._give_back(batch)
             return
         else:
-            served = handler
-            name = ChannelName(name_of(served.apply))
-            work = lambda tx: deliver(tx, batch, self._node, served.apply, served.max_batch)  # noqa: E731
-            self.store.submit(Job(lambda tx: outcome.Value(work(tx)), name, partial(self._served, batch)))
+            run = partial(self._deliver, batch, handler)
+            self.store.submit(Job(run, name_of(handler.apply), partial(self._served, batch)))
             return
-        self.store.submit(Job(lambda tx: outcome.Value(work(tx)), name, partial(self._handled, batch)))
+        self.store.submit(Job(lambda tx: outcome.Value(work(tx)), batch.name, partial(self._handled, batch)))
+
+    def _deliver(self, batch: RunBatch, served: _Served, tx: Transaction) -> outcome.Outcome[object]:
+        """On the store's thread."""
+        if self._handlers.get(batch.name) is not served:  # cancelled, while this stood in the queue
+            return outcome.Value(Delivered(batch.first - 1, b""))
+        return outcome.Value(deliver(tx, batch, self._node, served.apply, served.max_batch))
 
     def _served(self, batch: RunBatch, result: outcome.Outcome[object]) -> None:
         """What ended the group's transaction under a handler (OR ROLLBACK, too long) is a failure of its message, not ours."""
