@@ -41,6 +41,8 @@ from ha_core.machines.durable_events import (
     Message,
     OutboxLoaded,
     OutboxRun,
+    RememberBoot,
+    RememberBoot,
     RunBatch,
     RunsCommitted,
 )
@@ -341,6 +343,10 @@ class Node:
                 store.acknowledge(to, name, cursor, digest)
                 if self._room_waiters:
                     store.flush()
+            case RememberBoot(seen):
+                self._durable().remember_boot(seen)
+            case RememberBoot(seen):
+                self._durable().remember_boot(seen)
             case Persist() | WriteCheckpoint():
                 if self._records is not None:
                     self._records.perform(effect)
