@@ -109,9 +109,7 @@ def _replacements(configuration: Configuration, contacts: Mapping[NodeId, Contac
     dead = [node for node in configuration.voters if (contact := contacts.get(node)) and contact.silent_ns >= replace_after_ns]
     if not dead:
         return []
-    live_voters = [node for node in configuration.voters if _is_alive(node, contacts)]
-    stand_in_votes = len(configuration.voters) % 2 == 0 and len(live_voters) == len(configuration.voters) - 1
-    if stand_in_votes:
+    if len(configuration.voters) % 2 == 0:  # a stand-in votes already
         return [Remove(node) for node in dead]
     return [Promote(node) for node in configuration.learners if _is_alive(node, contacts)]
 

@@ -69,6 +69,25 @@ def test_a_dead_primary_is_replaced_by_a_secondary_that_votes_before_it_goes() -
     assert steps[:2] == [Promote(N[4]), Remove(N[3])]
 
 
+def test_two_dead_primaries_of_five_are_replaced_one_after_the_other() -> None:
+    contacts = alive(1, 2, 3, 6, 7) | {N[i]: Contact(b"r%d" % i, {}, REPLACE_AFTER_NS) for i in (4, 5)}
+    many = [NodeId(f"aam@s{number}.example") for number in range(6)]
+    config = configuration([1, 2, 3, 4, 5], [6, 7])
+    config = attrs.evolve(
+        config,
+        learners=tuple(sorted((*config.learners, *many))),
+        members={**config.members, **{node: Member(b"s") for node in many}},
+    )
+    contacts |= {node: Contact(b"s", {}) for node in many}
+
+    *changes, after = settle(config, contacts, [*N[1:8], *many])
+
+    assert isinstance(after, Configuration)
+    assert len(after.voters) == 5
+    assert not {N[4], N[5]} & set(after.voters)
+    assert [type(change) for change in changes[:4]] == [Promote, Remove, Promote, Remove]
+
+
 def test_a_primary_that_is_silent_for_a_moment_is_kept() -> None:
     contacts = alive(1, 2, 4) | {N[3]: Contact(b"r3", {}, REPLACE_AFTER_NS // 2)}
 
