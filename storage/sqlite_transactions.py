@@ -139,6 +139,7 @@ class TransactionStore:
         self._queue: deque[Job] = deque()
         self._aside = Aside()
         self._flush_wanted = False
+        self._postponed: list[Callable[[], None]] = []
         self._scheduled = False
         self._poison: StorageError | None = None
         self._current: tuple[str, int] | None = None
@@ -195,7 +196,10 @@ class TransactionStore:
             self._aside.boots[seen.store] = seen
 
     def flush(self) -> None:
-        """Do not wait for the next group: delete what was acknowledged now."""
+        """Do not wait for the next group: delete what was acknowledged now, and try again what found a full disk."""
+        postponed, self._postponed = self._postponed, []
+        for again in postponed:
+            again()
         with self._lock:
             if self._aside.acked and not self._poison:
                 self._flush_wanted = True
@@ -212,6 +216,8 @@ class TransactionStore:
         def finish(result: outcome.Outcome[object]) -> None:
             if isinstance(result, outcome.Value):
                 done(cast("list[OutboxRun]", result.value))
+            elif isinstance(result, outcome.Error) and isinstance(result.error, StorageFullError):
+                self._postponed.append(partial(self.load_outbox, to, name, start, byte_count, done))
 
         self.submit(Job(run, "load_outbox", finish))
 
@@ -277,6 +283,15 @@ class TransactionStore:
 
     def _drain(self) -> None:
         """Run groups until nothing waits."""
+        try:
+            self._run_groups()
+        except BaseException as exc:  # noqa: ASYNC103 - aiosqlite's thread would swallow it, and all who wait would wait for ever
+            self._fail(exc)
+            with self._lock:
+                self._scheduled = False
+            raise
+
+    def _run_groups(self) -> None:
         while True:
             with self._lock:
                 jobs: list[Job] = []
@@ -306,9 +321,9 @@ class TransactionStore:
             try:
                 runs = self._attempt(group, aside)
             except _Broken as broken:
-                if aside and broken.guilty is None and code_of(broken.cause or broken) == sqlite3.SQLITE_FULL:
+                if aside.acked and broken.guilty is None and code_of(broken.cause or broken) == sqlite3.SQLITE_FULL:
                     # Forgetting needs room, too: whoever only reads, or writes less, must not wait for it.
-                    kept, aside = aside, done
+                    kept, aside = Aside(acked=aside.acked), Aside(boots=aside.boots)
                     work.extendleft([group] if group else [])
                 else:
                     work.extendleft(reversed(self._after_break(group, broken)))

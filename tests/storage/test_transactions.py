@@ -9,6 +9,7 @@ import time
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
+import outcome
 import pytest
 import trio
 
@@ -21,9 +22,10 @@ from ha_core.errors import (
     StorageFullError,
     StoreLockedError,
 )
-from ha_core.ids import ChannelName, NodeId
+from ha_core.ids import Boot, ChannelName, NodeId, StoreId
 from ha_core.machines.durable_events import OutboxRun
 from ha_core.machines.durable_wire import START_DIGEST, chain, unpack_run
+from ha_core.machines.handshake import SeenBoot
 from ha_core.storage.sqlite_transaction import Transaction
 from ha_core.storage.sqlite_transactions import TransactionStore, open_transaction_store
 
@@ -309,6 +311,47 @@ async def test_disk_too_full_to_forget_what_was_acknowledged_harms_nobody_else(t
             assert await store.transact(insert, 7) == 7
         assert loaded == [2, 3]
         assert store.outbox_bytes > 120_000, "nothing was forgotten yet"
+
+
+async def test_outbox_that_a_full_disk_kept_from_being_read_is_read_later(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.transact(lambda tx: tx.send(PEER, C, b"x"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "app.db")) as db:
+        db.execute("CREATE TABLE filler (body BLOB)")
+        db.execute("CREATE TRIGGER fill AFTER INSERT ON ha_boots BEGIN INSERT INTO filler VALUES (zeroblob(900000)); END")
+        db.commit()
+
+    async with opened(tmp_path, max_page_count=80) as store:
+        done = trio.Event()
+        store.remember_boot(SeenBoot(PEER, StoreId(b"s" * 16), Boot(1, 2), b""))
+        store.load_outbox(PEER, C, 1, 1 << 20, lambda runs: done.set())
+        with pytest.raises(StorageFullError):
+            await store.transact(lambda tx: None)
+        assert not done.is_set()
+        await store._connection.run(lambda: store._database.execute("PRAGMA max_page_count=100000"))
+
+        store.flush()
+
+        with trio.fail_after(2):
+            await done.wait()
+
+
+async def test_bug_of_ours_on_the_writers_thread_fails_the_store_and_hangs_nobody(tmp_path: Path) -> None:
+    def leave(tx: Transaction) -> outcome.Outcome[object]:
+        raise SystemExit
+
+    async with opened(tmp_path) as store:
+        failed = trio.Event()
+
+        def fail(error: StorageError) -> None:
+            failed.set()
+            store.abandon(error)
+
+        store.on_failed = fail
+        with trio.fail_after(2):
+            with pytest.raises(StorageError):
+                await store.perform(leave, "leave")
+            await failed.wait()
 
 
 async def test_statement_that_runs_too_long_is_interrupted_and_named(tmp_path: Path) -> None:
