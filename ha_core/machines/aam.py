@@ -310,7 +310,7 @@ class AamMachine:
         self._register_ns = None
         if known is None and not self._joins:
             return
-        if known is not None and attrs.evolve(self._host, state=known.state, role=known.role) == known:
+        if known is not None and self._host.taking_over(known) == known:
             return
         self._register_ns = now_ns + REGISTER_AGAIN_NS
         self._propose(("register",), RegisterHost.of(self._host))

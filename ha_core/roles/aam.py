@@ -13,9 +13,10 @@ import attrs
 import trio
 
 from ha_core.config import Config
-from ha_core.errors import StorageError
+from ha_core.errors import HAError, StorageError
 from ha_core.guard.primaries import write_primaries
 from ha_core.guard.renewal import RenewalCodec
+from ha_core.hypervisors.process import ProcessHypervisor
 from ha_core.ids import HostName, LinkName, NodeId, ReplicaId, StoreId, host_of
 from ha_core.interfaces import RecordStore
 from ha_core.machines.aam import AamMachine, AnswerGuard, GuardDatagram, Ping, PingAnswered, RecordsChanged, VerdictChanged
@@ -47,6 +48,7 @@ from ha_core.security.key import load_key
 logger = logging.getLogger(__name__)
 
 JOIN_POLL_S = 0.1
+GUARD_ANSWER_S = 0.5
 PING_S = 0.5
 
 
@@ -107,6 +109,7 @@ class Aam:
         config, membership = self._config, self._membership
         recovered = await self._store.recover()
         line = next_boot(config.data_dir, self._store.incarnation)
+        record = self._own_record(await self._containment())
         founder = config.node in membership.voters
         bootstrap = None
         if founder:
@@ -117,7 +120,7 @@ class Aam:
             recovered=recovered, bootstrap=bootstrap, procedures=PROCEDURES, cluster=membership.cluster,
         )  # fmt: skip
         aam = AamMachine(
-            node=config.node, host=self._own_record(), database=database, codec=RenewalCodec(membership.cluster, self._key),
+            node=config.node, host=record, database=database, codec=RenewalCodec(membership.cluster, self._key),
             profile=config.profile, isolation_addresses=config.isolation_addresses,
         )  # fmt: skip
         endpoint = EndpointMachine(
@@ -126,16 +129,25 @@ class Aam:
         )  # fmt: skip
         host = HostMachine(
             node=config.node, replica=ReplicaId(self._store.incarnation), addresses=config.links, aam=aam,
-            primaries={**known_peers(config.data_dir), **membership.primaries}, founds=self._own_record() if founder else None,
+            primaries={**known_peers(config.data_dir), **membership.primaries}, founds=record if founder else None,
         )  # fmt: skip
         return host, endpoint
 
-    def _own_record(self) -> Host:
+    def _own_record(self, containment: str) -> Host:
         config = self._config
         return Host(
             HostName(self._host), tuple(sorted(config.links.items())), config.cpu_mhz, config.memory_mib, boot=own_boot_id(),
-            management=config.management,
+            management=config.management, containment=containment,
         )  # fmt: skip
+
+    async def _containment(self) -> str:
+        """The guard knows it; empty if that is just away, then what the database has of this host stays."""
+        with trio.move_on_after(GUARD_ANSWER_S):
+            try:
+                return (await ProcessHypervisor(self._run_dir).status()).containment
+            except HAError as exc:
+                logger.warning("the guard does not say how it contains VMs: %s", exc)
+        return ""
 
     # -- effects --
 
@@ -160,7 +172,6 @@ class Aam:
             case Ping(address):
                 self._nursery.start_soon(self._ping, address)
             case VerdictChanged(verdict, reason):
-                self._service.verdict = verdict.value
                 logger.warning("this host is %s: %s", verdict.value, reason)
             case PeerRefused(peer, code, text):
                 logger.warning("refused %s (%s): %s", peer, code, text)

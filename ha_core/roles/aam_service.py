@@ -47,7 +47,6 @@ class AamService:
         self._calls = calls
         self._watchers: list[_Watcher] = []
         self.primaries: Mapping[NodeId, Mapping[LinkName, str]] = {}
-        self.verdict = "connected"
 
     async def handle(self, call: Call) -> object:
         match call.method:

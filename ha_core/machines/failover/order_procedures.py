@@ -39,7 +39,7 @@ def register_host(tx: KvTransaction, index: LogIndex, command: c.RegisterHost) -
         decide(tx, index, "registered", host=new.name)
         new.put(tx)
         return DONE
-    attrs.evolve(new, state=old.state, role=old.role).put(tx)
+    new.taking_over(old).put(tx)
     return DONE
 
 

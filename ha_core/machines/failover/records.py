@@ -212,10 +212,15 @@ class Host(Record):
     watchdog: bool = False
     """A hardware watchdog ends VMs that outlive the agents."""
     containment: str = ""
+    """How its guard keeps VMs together: pid-namespace or subreaper; empty: whoever wrote this did not know."""
 
     @property
     def key_name(self) -> str:
         return self.name
+
+    def taking_over(self, known: Host) -> Host:
+        """This record in place of a ``known`` one: what administrators decided stays, and what this one does not say."""
+        return attrs.evolve(self, state=known.state, role=known.role, containment=self.containment or known.containment)
 
     def address(self, link: LinkName) -> str | None:
         return dict(self.addresses).get(link)

@@ -75,6 +75,13 @@ def test_the_first_grant_is_the_log_index_and_asking_again_changes_nothing() -> 
     assert log.grant("h1", created_ns=9) == token
 
 
+def test_a_host_that_registers_anew_keeps_what_was_decided_and_what_it_does_not_say() -> None:
+    known = Host(HostName("h1"), state=HostState.MAINTENANCE, containment="subreaper", cpu_mhz=1000)
+
+    assert Host(HostName("h1"), cpu_mhz=2000).taking_over(known) == attrs.evolve(known, cpu_mhz=2000)
+    assert Host(HostName("h1"), containment="pid-namespace").taking_over(known).containment == "pid-namespace"
+
+
 def test_a_host_that_nobody_registered_gets_no_lease() -> None:
     outcome = Log().run(c.Grant(HostName("h9"), b"b" * 16, b"i" * 16, 1))
 
