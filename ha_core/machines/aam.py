@@ -266,6 +266,7 @@ class AamMachine:
             records = self.database.state.range(PREFIX)
             items = [(record.key, record.value) for record in records]
             self.inventory.restore(applied.index, items, now_ns)
+            self._register_ns = now_ns
             self._effects.append(RecordsChanged(applied.index, items, restored=True))
         else:
             changes = [

@@ -23,6 +23,7 @@ from ha_core.machines.host import INTRODUCTION, HostMachine, Introduced
 from ha_core.machines.keyvalue.model import Call, Called
 from ha_core.machines.messages import Consumed, DeliverRun, ForgetPeer, SendDatagram, SendRun, SetPeer
 from ha_core.machines.raft.configuration import Configuration, Member
+from ha_core.machines.raft.types import Limits
 
 MS = 1_000_000
 S = 1_000 * MS
@@ -226,6 +227,24 @@ def test_a_host_that_nobody_registered_stays_outside() -> None:
 
     assert world.voters() == {"h1"}
     assert not world.sessions
+
+
+def test_a_host_that_gets_the_records_as_a_snapshot_corrects_what_they_say_of_it() -> None:
+    world = World()
+    leader = world.start(1, founder=True)
+    world.until(lambda: leader.machine.aam.inventory.hosts)
+    database = leader.machine.aam.database
+    database._checkpoint_min_bytes = 1
+    database.raft.core.log.limits = Limits(tail_entries=0)
+    world.call(RegisterHost.of(attrs.evolve(record_of(2), cpu_mhz=1)))
+    for _ in range(10):
+        world.call(RegisterHost.of(record_of(1)))
+
+    joined = world.start(2)
+    world.run_for(5)
+
+    assert joined.machine.aam.database.raft.core.log.snapshot.index
+    assert leader.machine.aam.inventory.hosts[HostName("h2.example")].cpu_mhz == 8000
 
 
 @pytest.mark.parametrize("hosts", [2, 3])
