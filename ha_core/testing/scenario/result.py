@@ -45,6 +45,7 @@ class MessagesResult:
     delivered: int = 0
     duplicates: int = 0
     lost: int = 0
+    dead_letters: int = 0
 
 
 @attrs.frozen(kw_only=True)

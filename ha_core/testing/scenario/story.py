@@ -42,10 +42,10 @@ def _end(result: PlayResult) -> Iterator[str]:
         yield f"  failover of {_failover(failover)}"
     sent = result.messages
     if sent.sent:
-        waiting = sent.sent - sent.delivered - sent.lost
+        waiting = sent.sent - sent.delivered - sent.lost - sent.dead_letters
         yield (
             f"  messages: {sent.sent:,} sent, {sent.delivered:,} delivered, {sent.duplicates} duplicates, {sent.lost} lost, "
-            f"{waiting:,} on their way"
+            f"{waiting:,} on their way{f', {sent.dead_letters} dead letters' if sent.dead_letters else ''}"
         )
 
 

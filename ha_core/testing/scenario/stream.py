@@ -23,12 +23,24 @@ from ha_core.machines.durable_events import (
     HandlerOpened,
     LoadOutbox,
     OutboxLoaded,
+    RememberBoot,
     RunBatch,
     RunsCommitted,
 )
 from ha_core.machines.endpoint import EndpointMachine
 from ha_core.testing.campaigns.messages_node import MessagesMachine
-from ha_core.testing.campaigns.messages_store import Count, Forget, Fork, Image, Operation, Oracle, Send, SimStore, Step
+from ha_core.testing.campaigns.messages_store import (
+    Count,
+    Forget,
+    Fork,
+    Image,
+    Operation,
+    Oracle,
+    Remember,
+    Send,
+    SimStore,
+    Step,
+)
 from ha_core.testing.scenario.result import MessagesResult
 from ha_core.testing.scenario.world import ScenarioWorld
 from ha_core.testing.simulator import MILLISECOND, SECOND, SimConnections, SimProcess
@@ -39,6 +51,8 @@ KEY: Final = bytes(range(32))
 TICK_NS: Final = 10 * MILLISECOND
 """Messages that are due within so long are sent in one go."""
 BATCH: Final = 100
+ATTEMPTS: Final = 5
+"""How often a message is tried before it becomes a dead letter, as in a node's configuration by default."""
 AGAIN_NS: Final = 200 * MILLISECOND
 """Until an application whose store failed is started again."""
 
@@ -63,6 +77,7 @@ class Application:
         on(LoadOutbox, self._load)
         on(Acknowledged, lambda effect: self._commit([Forget(effect.to, effect.name, effect.cursor, effect.digest)]))
         on(RunBatch, self._run_batch)
+        on(RememberBoot, lambda effect: self._commit([Remember(effect.seen)]))
         on(ChannelForked, self._forked)
         for kind in (m.SessionUp, m.SessionDown, m.RoomChanged, m.PathChanged, m.PeerReachable, m.PeerRefused):
             on(kind, lambda effect: None)
@@ -71,14 +86,15 @@ class Application:
 
     def _build(self, process: SimProcess) -> MessagesMachine:
         image, unclean = self.store.open()
-        self.stream.oracle.lives[self.node] = process.lives
         endpoint = EndpointMachine(
             node=self.node, cluster="scenario", key=KEY, store=image.store, boot=image.boot, boots_digest=image.boots_digest,
             links=self.addresses, profile=self.stream.world.profile, rng=process.rng,
+            seen=image.boots.values(),
         )  # fmt: skip
         durable = DurableMachine(
-            outgoing=list(image.outgoing.values()), incoming=list(image.incoming.values()), unclean=unclean, max_attempts=3
-        )
+            outgoing=list(image.outgoing.values()), incoming=list(image.incoming.values()), unclean=unclean, max_attempts=ATTEMPTS,
+            seen=image.boots.values(),
+        )  # fmt: skip
         self._after(0, self._begin)
         return MessagesMachine(endpoint, durable)
 
@@ -193,6 +209,8 @@ class Stream:
         self._number = 0
         self._sent: dict[tuple[StoreId, NodeId], _Sent] = {}
         self._delivered: dict[bytes, None] = {}
+        self._dead: dict[bytes, None] = {}
+        """Set aside as dead letters: every try failed with the store of its receiver."""
         self._duplicates = 0
 
     def start(self) -> None:
@@ -222,20 +240,24 @@ class Stream:
         """An operation became durable."""
         if isinstance(operation, Send):
             self._sent.setdefault((image.store, operation.run.to), _Sent()).bodies.extend(operation.bodies)
-        elif isinstance(operation, Step) and not operation.dead:
+        elif isinstance(operation, Step) and operation.dead:
+            self._dead.update(dict.fromkeys(operation.bodies))
+        elif isinstance(operation, Step):
             for body in operation.bodies:
                 self._duplicates += body in self._delivered
                 self._delivered[body] = None
 
     def result(self) -> MessagesResult:
-        """Lost is what was committed, has had no effect and is no longer kept to be sent."""
+        """Lost is what was committed, has had no effect, is no dead letter and is no longer kept to be sent."""
         lost = 0
         for (store, to), sent in self._sent.items():
             kept = self._kept(store, to)
-            missing = [number for number, body in enumerate(sent.bodies, 1) if body not in self._delivered]
+            missing = [
+                number for number, body in enumerate(sent.bodies, 1) if body not in self._delivered and body not in self._dead
+            ]
             lost += sum(number not in kept for number in missing)
         total = sum(len(sent.bodies) for sent in self._sent.values())
-        return MessagesResult(total, len(self._delivered), self._duplicates, lost)
+        return MessagesResult(total, len(self._delivered), self._duplicates, lost, len(self._dead))
 
     def _kept(self, store: StoreId, to: NodeId) -> dict[int, None]:
         images = [one.store.durable for one in self.applications.values() if one.store.durable.store == store]
