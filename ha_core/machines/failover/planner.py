@@ -281,7 +281,7 @@ class _Planner:
 
     def _rank(self, vm: Vm, run: Run | None, host: HostName) -> tuple[int, int, int, int, int, int, str]:
         settings = self.inventory.settings
-        preferred = [run.target, run.home] if run is not None else [vm.host]
+        preferred = [run.home, run.target] if run is not None else [vm.host]
         if run is not None and run.state is RunState.RELEASED and not run.recalled:
             preferred.append(run.host)
         wish = preferred.index(host) if host in preferred else len(preferred)

@@ -221,7 +221,7 @@ class Hypervisor:
         """An orderly end, or the shim's kill after ``allowed_ns``."""
         took_ns = self.nature.shutdown_ns(shim.vm, shim.token, allowed_ns)
         if took_ns is None or took_ns > allowed_ns:
-            took_ns, why = allowed_ns, "killed: it did not shut down in time"
+            took_ns, why = allowed_ns, "killed: it did not shut down in time" if allowed_ns else "killed"
         self._end_after(shim, least_ns + took_ns, why)
 
     def _end_after(self, shim: Shim, delay_ns: int, why: str) -> None:

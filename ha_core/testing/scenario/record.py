@@ -10,7 +10,7 @@ import attrs
 from ha_core.ids import FencingToken, HostName, VmName
 from ha_core.machines.failover import commands
 from ha_core.machines.failover.commands import Outcome
-from ha_core.machines.failover.records import HISTORY, Decision, Run, RunState
+from ha_core.machines.failover.records import HISTORY, Decision, HostState, Run, RunState
 from ha_core.testing.campaigns.cluster_checker import ClusterChecker, Execution
 from ha_core.testing.simulator import Simulation, Violation
 
@@ -182,9 +182,11 @@ class PlayChecker(ClusterChecker):
                 for vm, run in sorted(self.truth.runs.items())
                 if run.host == host and run.state is RunState.LOST and vm in before and before[vm].held
             ]
-            if decision.kind == "revoked":
+            known = self.truth.hosts.get(host)
+            leaving = known is not None and known.state in (HostState.SHUTDOWN, HostState.FREEZE) and not lost
+            if decision.kind == "revoked" and not leaving:
                 record.fenced.append((record.now_ns(), host))
-            if lost or decision.kind == "revoked":
+            if lost or (decision.kind == "revoked" and not leaving):
                 record.lost(host, lost, decision.why)
             text = f"its lease is revoked: {decision.why}" if decision.kind == "revoked" else "has booted anew"
             record.note(host, text + (f"; lost: {', '.join(lost)}" if lost else ""))

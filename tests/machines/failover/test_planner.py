@@ -290,6 +290,17 @@ def test_a_run_that_lasted_is_settled() -> None:
     assert planned(log).commands == (c.Settle(VmName("a"), log.runs("a").token),)
 
 
+def test_a_vm_that_was_to_leave_a_host_goes_back_to_it_once_it_can() -> None:
+    """Found by a scenario: all hosts were shut down, and the first VM had been promised to another before that went down, too."""
+    log = Log(hosts=3)
+    log.start("vm", "h1")
+    log.done(c.Recall(VmName("vm"), log.runs("vm").token, "its host is in shutdown", "h3", home="h1"))
+    log.release("vm")
+
+    assert assigned(log, fresh="h2 h3") == [("vm", "h3")]
+    assert assigned(log) == [("vm", "h1")]
+
+
 def test_maintenance_moves_vms_away_and_they_come_home_when_it_ends() -> None:
     log = Log(hosts=2)
     log.start("a", "h1")
