@@ -659,6 +659,27 @@ def test_an_expired_session_is_opened_anew_and_the_request_still_applied_once() 
     assert len(state.sessions) == 1
 
 
+def test_a_request_sent_again_after_its_session_was_forgotten_is_never_applied_twice_R40() -> None:
+    cluster = Cluster(procedures=PROCEDURES, clients=1)
+    cluster.leader()
+    (client,) = cluster.clients
+    cluster.call(client, append(b"\x00ha/k", b"a"))
+    request = cluster.submit(client, append(b"\x00ha/k", b"b"))
+    cluster.run_for(300_000)
+    for node in cluster.nodes:
+        cluster.cut(client, node)
+    cluster.run_for(S)
+    for node in cluster.nodes:
+        cluster.processes[node].database.state.sessions.clear()
+    cluster.heal()
+
+    replies = cluster.processes[client].replies
+    cluster.run_until(lambda: request in replies)
+
+    assert code(replies[request]) is Refusal.UNKNOWN
+    assert value(cluster.call(client, Get(b"\x00ha/k"))) == b"ab"
+
+
 def test_idle_sessions_are_forgotten_after_an_hour_through_the_log() -> None:
     cluster = Cluster()
     leader, follower = cluster.leader(), cluster.follower()

@@ -19,9 +19,10 @@ from ha_core.errors import (
     ProposalDroppedError,
     SessionExpiredError,
 )
-from ha_core.ids import FencingToken, NodeId, Revision
+from ha_core.ids import FencingToken, LeaseToken, NodeId, Revision
 from ha_core.machines.keyvalue.model import Change, Compare, Delete, Get, Put, Record, RequestId, RevisionEvents
-from ha_core.runtime.database import LOCKS, Database, Watch
+from ha_core.runtime.clock import now_ns
+from ha_core.runtime.database import LOCKS, Database, Lease, Watch
 from ha_core.runtime.database_calls import DatabaseCalls
 from ha_core.storage.memory import MemoryEngine
 from ha_core.storage.sqlite import SqliteEngine
@@ -202,6 +203,16 @@ async def test_a_lease_is_kept_while_its_body_runs_and_its_keys_go_with_it(singl
     assert await single.get(b"k") is None
     with pytest.raises(LeaseLostError):
         await single.put(b"k", b"v", lease=lease)
+
+
+def test_a_holder_counts_from_when_it_asked_and_not_from_the_answer_R38() -> None:
+    asked_ns = now_ns() - 4 * 10**9
+    lease = Lease(LeaseToken(7), 10.0, asked_ns)
+    assert 5.5 < lease.remaining_s < 6.0
+
+    lease.extend(asked_ns + 10**9)
+
+    assert 6.5 < lease.remaining_s < 7.0
 
 
 async def test_a_body_leaves_lease_and_lock_with_its_own_exception(single: Database) -> None:
