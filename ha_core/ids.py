@@ -53,6 +53,11 @@ class Boot:
     counter: int
     nonce: int
 
+    @property
+    def mark(self) -> bytes:
+        """What names it in a file."""
+        return self.counter.to_bytes(8, "big") + self.nonce.to_bytes(8, "big")
+
 
 @attrs.frozen
 class MessageId:

@@ -72,6 +72,10 @@ class Identity:
     boot: Boot
     boots_digest: bytes
     """Of all boots before ``boot``."""
+    vouched: bytes = b""
+    """The mark of the newest boot that node.db is known to have (R12)."""
+    marks: tuple[bytes, ...] = ()
+    """Those that node.db may have left there, if neither file is older than the other; empty: this one is new."""
 
 
 @attrs.define(eq=False)
@@ -191,9 +195,12 @@ class TransactionStore:
             self._aside.acked[to, name] = (cursor, digest)
 
     def remember_boot(self, seen: SeenBoot) -> None:
-        """Write down which process of another store was seen, with the next group."""
+        """Write down which process of another store was seen: now, and before whatever is submitted later."""
         with self._lock:
             self._aside.boots[seen.store] = seen
+            if not self._poison:
+                self._flush_wanted = True
+                self._schedule()
 
     def flush(self) -> None:
         """Do not wait for the next group: delete what was acknowledged now, and try again what found a full disk."""
@@ -254,6 +261,19 @@ class TransactionStore:
     def failed(self) -> bool:
         """Nothing more is committed."""
         return self._poison is not None or self._abandoned
+
+    async def vouch(self) -> None:
+        """Remember that node.db has the mark of this boot.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        identity = attrs.evolve(self.identity, vouched=self.identity.boot.mark)
+        try:
+            await self._connection.run(_write_identity, self._database, identity)
+        except sqlite3.Error as exc:
+            raise storage_error(exc, self.path) from exc
+        self.identity = identity
 
     @property
     def outbox_bytes(self) -> int:
@@ -515,8 +535,7 @@ def _identify(database: sqlite3.Connection, path: Path, owner: NodeId, replica: 
             if zlib.crc32(row[0]) != row[1]:
                 raise CorruptRecordError(f"{path}: the store's identity does not match its checksum: restore the file")
             identity = _next_boot(_unpack(row[0]), path, owner, replica, nonce)
-        fields = _pack(identity)
-        database.execute("INSERT OR REPLACE INTO ha_identity VALUES (1, ?, ?)", (fields, zlib.crc32(fields)))
+        _write_identity(database, identity)
         database.execute("COMMIT")
     except BaseException:
         if database.in_transaction:
@@ -539,16 +558,22 @@ def _next_boot(found: Identity, path: Path, owner: NodeId, replica: bytes, nonce
         found.replica or replica,
         Boot(found.boot.counter + 1, nonce),
         extend_boots_digest(found.boots_digest, found.boot),
+        found.vouched,
+        (found.vouched, found.boot.mark),
     )
 
 
-def _pack(identity: Identity) -> bytes:
-    packed: bytes = msgpack.packb(
-        (identity.store, identity.owner, identity.replica, identity.boot.counter, identity.boot.nonce, identity.boots_digest)
-    )
-    return packed
+def _write_identity(database: sqlite3.Connection, identity: Identity) -> None:
+    boot = identity.boot
+    fields = msgpack.packb(
+        (
+            identity.store, identity.owner, identity.replica, boot.counter, boot.nonce, identity.boots_digest,
+            identity.vouched,
+        )
+    )  # fmt: skip
+    database.execute("INSERT OR REPLACE INTO ha_identity VALUES (1, ?, ?)", (fields, zlib.crc32(fields)))
 
 
 def _unpack(fields: bytes) -> Identity:
-    store, owner, replica, counter, nonce, digest = msgpack.unpackb(fields)
-    return Identity(store, owner, replica, Boot(counter, nonce), digest)
+    store, owner, replica, counter, nonce, digest, vouched = msgpack.unpackb(fields)
+    return Identity(store, owner, replica, Boot(counter, nonce), digest, vouched)

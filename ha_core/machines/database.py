@@ -106,8 +106,10 @@ class DatabaseMachine:
         procedures: Mapping[str, Procedure] | None = None,
         cluster: str = "",
         checkpoint_min_bytes: int = CHECKPOINT_MIN_BYTES,
+        mark: bytes = b"",
     ) -> None:
         """``recovered``: what the record store held. ``bootstrap``: the first configuration, read only while that is empty.
+        ``mark``: names this process life in the store; checkpoints keep it.
 
         Raises:
             CorruptRecordError: the store's checkpoint or a record is damaged.
@@ -120,8 +122,9 @@ class DatabaseMachine:
         self._server = DatabaseServer(node, self.state, retry_ns)
         self._watches = ServedWatches(self.state)
         self._raft = Raft(
-            node=node, replica=replica, profile=profile, rng=rng, recovered=recovered, bootstrap=bootstrap, cluster=cluster
-        )
+            node=node, replica=replica, profile=profile, rng=rng, recovered=recovered, bootstrap=bootstrap, cluster=cluster,
+            mark=mark,
+        )  # fmt: skip
         self._raft_events: list[Event] = []
         self._effects: list[Effect] = []
         self._up: dict[NodeId, _Peer] = {}

@@ -5,7 +5,7 @@
 * A committed transaction that sent messages -> ``RunsCommitted``. ``LoadOutbox`` -> ``OutboxLoaded``.
 * ``RunBatch`` -> run the handler, step the cursor in the same transaction -> ``BatchDone``. One batch per incoming channel.
 * ``Acknowledged`` -> delete those rows with the next transaction; no answer.
-* ``RememberBoot`` -> write it with the next transaction; no answer.
+* ``RememberBoot`` -> write it; no answer.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ class RunBatch(Effect):
 
 @attrs.frozen
 class RememberBoot(Effect):
-    """Write down which process of another store was seen, with the next transaction and before any RunBatch that follows;
-    no answer. Comes only when that has changed."""
+    """Write down which process of another store was seen, soon and before any RunBatch that follows; no answer. Comes once
+    for each boot of a peer."""
 
     seen: SeenBoot
 

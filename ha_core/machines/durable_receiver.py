@@ -116,9 +116,7 @@ class Receiver:
         self._max_attempts = max_attempts
         self._live: dict[NodeId, StoreId] = {}
         self._seen: dict[StoreId, SeenBoot] = {boot.store: boot for boot in seen}
-        """What is written down of the processes that run other stores ..."""
-        self._unseen: dict[StoreId, SeenBoot] = {}
-        """... and what is not: of a store from which nothing was ever handled."""
+        """What is written down of the processes that run other stores."""
         self.effects: list[Effect] = []
         self.frames: dict[NodeId, list[bytes]] = {}
         self._retrying: dict[tuple[StoreId, ChannelName], IncomingChannel] = {}
@@ -145,11 +143,10 @@ class Receiver:
         """What we have of everything that this store sent, for the first report of the session."""
         peer, store = seen.peer, seen.store
         self._live[peer] = store
-        self._unseen.pop(store, None)
-        if self._seen.get(store) != seen:
-            self._unseen[store] = seen
-            if any(channel.cursor for channel in self._by_store.get(store, {}).values()):
-                self._remember(store)
+        if seen.boot.counter and self._seen.get(store) != seen:
+            # A receiver that restarts still knows which process of a store it served (I11). Count 0: nothing to remember.
+            self._seen[store] = seen
+            self.effects.append(RememberBoot(seen))
         for name in self._handlers:
             if name not in self._by_store.get(store, {}):
                 self._add(IncomingChannel(store, name, peer, suspect=self._unclean))
@@ -162,18 +159,9 @@ class Receiver:
         return [channel.report() for channel in channels]
 
     def session_down(self, peer: NodeId) -> None:
-        store = self._live.pop(peer, None)
-        if store is not None and not any(channel.staged for channel in self._by_store.get(store, {}).values()):
-            self._unseen.pop(store, None)
+        self._live.pop(peer, None)
         self.changed.pop(peer, None)
         self.frames.pop(peer, None)
-
-    def _remember(self, store: StoreId) -> None:
-        """A receiver that restarts still knows which process of a store it served (I11): written once per boot."""
-        seen = self._unseen.pop(store, None)
-        if seen is not None:
-            self._seen[store] = seen
-            self.effects.append(RememberBoot(seen))
 
     def _grant(self, channel: IncomingChannel) -> None:
         if channel.name in self._handlers:
@@ -332,8 +320,6 @@ class Receiver:
         if len(bodies) > count:
             bodies, digests = bodies[:count], digests[:count]
         channel.busy = True
-        if self._unseen:
-            self._remember(channel.store)
         self.effects.append(
             RunBatch(
                 channel.peer, channel.store, channel.name, channel.cursor + 1, bodies, digests, attempt, dead_letter

@@ -26,21 +26,22 @@ from ha_core.machines.endpoint import EndpointMachine
 from ha_core.machines.failover.procedures import PROCEDURES
 from ha_core.machines.failover.records import Host
 from ha_core.machines.host import HostMachine, host_child
-from ha_core.machines.messages import PeerRefused
+from ha_core.machines.messages import PeerRefused, SessionUp
 from ha_core.machines.node import NodeMachine
 from ha_core.machines.raft.configuration import Configuration, Member
 from ha_core.machines.raft.types import ConfigurationChanged
 from ha_core.roles.aam_service import AamService
-from ha_core.roles.boots import next_boot
+from ha_core.roles.boots import FILE_NAME, next_boot, vouch
 from ha_core.roles.membership_file import MembershipFile, is_member
 from ha_core.roles.names_keeper import NamesKeeper, known_peers
 from ha_core.roles.rundir import AAM_SOCKET, make_directories, own_boot_id
+from ha_core.roles.seen_boots import SeenBoots
 from ha_core.runtime.database_calls import DatabaseCalls
 from ha_core.runtime.driver import Driver
 from ha_core.runtime.entropy import fresh_rng
 from ha_core.runtime.parts import endpoint_shell, open_records
 from ha_core.runtime.ping import ping
-from ha_core.runtime.records import RecordShell
+from ha_core.runtime.records import RecordShell, mark_boot
 from ha_core.runtime.rpc import serve_unix
 from ha_core.runtime.watchdog import Watchdog
 from ha_core.security.key import load_key
@@ -85,6 +86,7 @@ class Aam:
         self._nursery: trio.Nursery
 
     async def run(self) -> None:
+        self._seen = SeenBoots(self._config.data_dir)
         self._host_machine, endpoint = await self._build()
         self._driver = Driver(NodeMachine(endpoint, [host_child(self._host_machine)]), self._perform)
         self._calls = DatabaseCalls(self._driver.post, self._driver.call)
@@ -97,6 +99,7 @@ class Aam:
             await self._nursery.start(self._endpoint.run)
             self._nursery.start_soon(self._records.run)
             self._nursery.start_soon(self._names.run)
+            self._nursery.start_soon(self._seen.run)
             self._nursery.start_soon(self._keep_membership)
             await self._nursery.start(self._driver.run)
             await self._nursery.start(_serve, self._run_dir / AAM_SOCKET, self._service)
@@ -109,6 +112,9 @@ class Aam:
         config, membership = self._config, self._membership
         recovered = await self._store.recover()
         line = next_boot(config.data_dir, self._store.incarnation)
+        where = f"{config.data_dir}: the record store and {FILE_NAME}"
+        await mark_boot(self._store, recovered, line.boot.mark, line.marks, where)
+        vouch(config.data_dir, self._store.incarnation, line)
         record = self._own_record(await self._containment())
         founder = config.node in membership.voters
         bootstrap = None
@@ -118,6 +124,7 @@ class Aam:
         database = DatabaseMachine(
             node=config.node, replica=ReplicaId(self._store.incarnation), profile=config.profile, rng=fresh_rng("database"),
             recovered=recovered, bootstrap=bootstrap, procedures=PROCEDURES, cluster=membership.cluster,
+            mark=line.boot.mark,
         )  # fmt: skip
         aam = AamMachine(
             node=config.node, host=record, database=database, codec=RenewalCodec(membership.cluster, self._key),
@@ -126,6 +133,7 @@ class Aam:
         endpoint = EndpointMachine(
             node=config.node, cluster=membership.cluster, key=self._key, store=StoreId(self._store.incarnation), boot=line.boot,
             boots_digest=line.digest, links=config.links, profile=config.profile, rng=fresh_rng("endpoint"), accept_unknown=False,
+            seen=self._seen.known,
         )  # fmt: skip
         host = HostMachine(
             node=config.node, replica=ReplicaId(self._store.incarnation), addresses=config.links, aam=aam,
@@ -160,6 +168,8 @@ class Aam:
 
     def _perform_rare(self, effect: Effect) -> None:
         match effect:
+            case SessionUp():
+                self._seen.note(effect)
             case AnswerGuard(source, data):
                 assert isinstance(source, tuple)
                 self._endpoint.send_raw(source[0], source[1], data)

@@ -25,6 +25,8 @@ class BootLine:
 
     boot: Boot
     digest: bytes
+    marks: tuple[bytes, ...] = ()
+    """What the record store may hold, if neither it nor the file is an older copy (R12); empty: the file is new."""
 
 
 def next_boot(data_dir: Path, incarnation: bytes) -> BootLine:
@@ -42,14 +44,36 @@ def next_boot(data_dir: Path, incarnation: bytes) -> BootLine:
         known = None
     except (OSError, ValueError, TypeError, KeyError) as exc:
         raise StorageError(f"{path}: damaged ({exc!r}): remove it together with the store, and join anew") from exc
-    before, digest = None, b""
+    before, digest, vouched = None, b"", ""
+    marks: tuple[bytes, ...] = ()
     if known is not None:
         before = Boot(known["counter"], known["nonce"])
         digest = extend_boots_digest(bytes.fromhex(known["digest"]), before)
-    boot = Boot(before.counter + 1 if before else 1, secrets.randbits(63))
-    line = {"incarnation": incarnation.hex(), "counter": boot.counter, "nonce": boot.nonce, "digest": digest.hex()}
+        vouched = known["vouched"]
+        marks = (bytes.fromhex(vouched), before.mark)
+    line = BootLine(Boot(before.counter + 1 if before else 1, secrets.randbits(63)), digest, marks)
+    _write(path, incarnation, line, vouched)
+    return line
+
+
+def vouch(data_dir: Path, incarnation: bytes, line: BootLine) -> None:
+    """The record store has the mark of this boot: one that has an older one is an older copy.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    _write(data_dir / FILE_NAME, incarnation, line, line.boot.mark.hex())
+
+
+def _write(path: Path, incarnation: bytes, line: BootLine, vouched: str) -> None:
+    fields = {
+        "incarnation": incarnation.hex(),
+        "counter": line.boot.counter,
+        "nonce": line.boot.nonce,
+        "digest": line.digest.hex(),
+        "vouched": vouched,
+    }
     try:
-        replace_file(path, json.dumps(line).encode())
+        replace_file(path, json.dumps(fields).encode())
     except OSError as exc:
         raise StorageError(f"{path}: cannot write: {exc.strerror}") from exc
-    return BootLine(boot, digest)

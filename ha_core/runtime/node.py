@@ -33,7 +33,7 @@ from ha_core.runtime.entropy import fresh_id, fresh_rng
 from ha_core.runtime.event_queue import Events
 from ha_core.runtime.node_shell import Node
 from ha_core.runtime.parts import endpoint_shell, open_records
-from ha_core.runtime.records import RecordShell
+from ha_core.runtime.records import RecordShell, mark_boot
 from ha_core.runtime.sessions import SessionChannel
 from ha_core.security.key import load_key
 from ha_core.storage.sqlite_transaction import Transaction
@@ -104,7 +104,7 @@ class _OpenNode(AbstractAsyncContextManager[Node]):
         store = await self._open_store(b"" if records is None else records.incarnation)
         endpoint = self._endpoint(key, store)
         children = [] if store is None else [durable_child(_durable(store, config))]
-        children.append(await self._database(records))
+        children.append(await self._database(records, store))
         machine = NodeMachine(endpoint, children)
 
         self._nursery = await self._stack.enter_async_context(trio.open_nursery())
@@ -140,8 +140,8 @@ class _OpenNode(AbstractAsyncContextManager[Node]):
     def _endpoint(self, key: bytes, store: TransactionStore | None) -> EndpointMachine:
         config = self._config
         rng = fresh_rng(f"endpoint of {config.node}")
-        if store is None:  # nothing durable is promised for this life, so it is one of its own
-            identity = (StoreId(fresh_id()), Boot(1, rng.getrandbits(63)), b"")
+        if store is None:  # nothing durable is promised for this life, so it is one of its own; 0: no need to remember it
+            identity = (StoreId(fresh_id()), Boot(0, rng.getrandbits(63)), b"")
         else:
             identity = (store.identity.store, store.identity.boot, store.identity.boots_digest)
         return EndpointMachine(
@@ -157,7 +157,7 @@ class _OpenNode(AbstractAsyncContextManager[Node]):
             seen=() if store is None else store.seen,
         )
 
-    async def _database(self, records: RecordStore | None) -> Child:
+    async def _database(self, records: RecordStore | None, store: TransactionStore | None) -> Child:
         config = self._config
         if records is None:
             machine = DatabaseClientMachine(
@@ -168,6 +168,11 @@ class _OpenNode(AbstractAsyncContextManager[Node]):
             )
             return database_child(machine, persists=False)
         recovered = await records.recover()
+        mark = b""
+        if store is not None:
+            mark = store.identity.boot.mark
+            await mark_boot(records, recovered, mark, store.identity.marks, f"{config.data_dir}: node.db and app.db")
+            await store.vouch()
         bootstrap = None
         if config.node in config.bootstrap:
             members = {node: Member(b"", dict(config.bootstrap[node])) for node in sorted(config.bootstrap)}
@@ -180,6 +185,7 @@ class _OpenNode(AbstractAsyncContextManager[Node]):
             recovered=recovered,
             bootstrap=bootstrap,
             cluster=config.cluster,
+            mark=mark,
         )
         return database_child(replica)
 

@@ -42,7 +42,6 @@ from ha_core.machines.durable_events import (
     OutboxLoaded,
     OutboxRun,
     RememberBoot,
-    RememberBoot,
     RunBatch,
     RunsCommitted,
 )
@@ -343,8 +342,6 @@ class Node:
                 store.acknowledge(to, name, cursor, digest)
                 if self._room_waiters:
                     store.flush()
-            case RememberBoot(seen):
-                self._durable().remember_boot(seen)
             case RememberBoot(seen):
                 self._durable().remember_boot(seen)
             case Persist() | WriteCheckpoint():

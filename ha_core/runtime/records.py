@@ -7,18 +7,39 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
 from ha_core.errors import StorageError
-from ha_core.interfaces import RecordStore
+from ha_core.interfaces import RecordStore, Recovered
 from ha_core.machines.contract import CheckpointDue, Event, Persist, Persisted, PersistFailed, WriteCheckpoint
+from ha_core.machines.raft.records import encode_mark, last_mark
 
 logger = logging.getLogger(__name__)
 
 ASK_AGAIN = 16
 """After so many writes without a checkpoint a machine that was asked for one is asked again."""
+
+
+async def mark_boot(store: RecordStore, recovered: Recovered, mark: bytes, marks: Sequence[bytes], where: str) -> None:
+    """Begin a process life in a record store: neither it nor the file that counts the boots is an older copy (R12).
+
+    Args:
+        recovered: what the store held.
+        mark: names this life.
+        marks: those that the other file knows; empty if it is new and cannot tell.
+        where: both files, for the administrator.
+
+    Raises:
+        StorageError: one of the two was restored from an older copy, or the mark cannot be written.
+    """
+    if marks and last_mark(recovered) not in marks:
+        raise StorageError(
+            f"{where}: they are not of the same time, one of them was restored from an older copy: this replica may have voted "
+            "and acknowledged what it no longer knows; remove both and let the node join anew"
+        )
+    await store.append([encode_mark(mark)])
 
 
 class RecordShell:

@@ -30,7 +30,7 @@ from ha_core.machines.messages import (
 from ha_core.machines.node import Child, NodeMachine, database_child, durable_child
 
 PEER = NodeId("b@h2.example")
-UP = SessionUp(PEER, SessionId(b"s"), StoreId(b"s" * 16), Boot(1, 1))
+UP = SessionUp(PEER, SessionId(b"s"), StoreId(b"s" * 16), Boot(0, 1))
 
 
 @attrs.define

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ha_core.errors import StorageError
-from ha_core.roles.boots import FILE_NAME, next_boot
+from ha_core.roles.boots import FILE_NAME, next_boot, vouch
 
 STORE, OTHER = bytes(16), bytes(range(16))
 
@@ -42,3 +42,15 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path) -> None:
 
     with pytest.raises(StorageError, match=r"boots\.json: damaged"):
         next_boot(tmp_path, STORE)
+
+
+def test_the_record_store_may_have_the_mark_of_the_last_boot_or_of_the_one_vouched_for(tmp_path: Path) -> None:
+    one = next_boot(tmp_path, STORE)
+    assert one.marks == ()
+    two = next_boot(tmp_path, STORE)
+    assert two.marks == (b"", one.boot.mark)
+
+    vouch(tmp_path, STORE, two)
+    three = next_boot(tmp_path, STORE)
+    assert three.marks == (two.boot.mark, two.boot.mark)
+    assert next_boot(tmp_path, STORE).marks == (two.boot.mark, three.boot.mark)

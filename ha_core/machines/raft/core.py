@@ -20,7 +20,7 @@ from ha_core.ids import NodeId
 from ha_core.machines.contract import Effect, Gate, Rng
 from ha_core.machines.raft.log import Log
 from ha_core.machines.raft.messages import Message, encode, encode_run
-from ha_core.machines.raft.records import encode_record
+from ha_core.machines.raft.records import encode_mark, encode_record
 from ha_core.machines.raft.types import (
     Apply,
     ConfigurationChanged,
@@ -52,6 +52,8 @@ class Core:
     limits: Limits
     rng: Rng
     log: Log
+    mark: bytes = b""
+    """Names this process life in the store (``records.encode_mark``); empty: nobody asks."""
     gate: Gate = attrs.field(factory=Gate)
     now_ns: int = 0
     term: int = 0
@@ -166,7 +168,8 @@ class Core:
     def _write_checkpoint(self) -> None:
         rest = self.log.slice(self.log.snapshot.index + 1, self.log.last_index)
         record = encode_record(self.term, self.vote, self.commit, 0, [encode_run(rest)] if rest else [])
-        self._wrote(self.gate.write_checkpoint(self.log.snapshot.payload, (record,)), False)
+        records = (encode_mark(self.mark), record) if self.mark else (record,)
+        self._wrote(self.gate.write_checkpoint(self.log.snapshot.payload, records), False)
         self._is_checkpoint_due = False
 
     def _wrote(self, number: int, has_entries: bool) -> None:

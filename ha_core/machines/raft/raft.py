@@ -96,9 +96,11 @@ class Raft:
         bootstrap: Configuration | None = None,
         cluster: str = "",
         limits: Limits | None = None,
+        mark: bytes = b"",
     ) -> None:
         """``replica``: the incarnation of the record store. ``bootstrap``: the first configuration, equal on all of its
-        voters, read only while the store is empty (R25); None: wait until a leader sends us one.
+        voters, read only while the store is empty (R25); None: wait until a leader sends us one. ``mark``: what the shell wrote
+        with ``records.encode_mark`` for this process life; checkpoints keep it.
 
         Raises:
             CorruptRecordError: ``recovered`` is no history of this format.
@@ -108,7 +110,7 @@ class Raft:
         durable = recover(recovered) if recovered is not None else Durable()
         digest = blake2b(cluster.encode(), digest_size=8).digest()
         log = Log.restored(limits, durable.snapshot, durable.entries)
-        self.core = core = Core(node, bytes(replica), digest, Timings.of(profile), limits, rng, log)
+        self.core = core = Core(node, bytes(replica), digest, Timings.of(profile), limits, rng, log, mark)
         core.term, core.vote = durable.term, durable.vote
         core.commit = core.verified = durable.snapshot.index
         self.election = Election(core, attempt=rng.getrandbits(48))

@@ -1,6 +1,7 @@
 """The durable format of Raft: one record is one atomic step, hard state + truncate-from + entries (R2, R6).
 
 ``record     = version byte, msgpack [term, vote, commit, truncate_from, [run, ...]]``
+``mark       = mark byte, which process life writes from here on``
 ``checkpoint = version byte, msgpack [index, term, configuration, state]``
 
 ``truncate_from`` is the first index that the step discards, 0 for none. ``commit`` is a hint: never more than what was
@@ -19,6 +20,7 @@ from ha_core.machines.raft.messages import decode_run, unpack_array
 from ha_core.machines.raft.types import Entry, Recovered
 
 VERSION = 1
+MARK = 2
 
 
 @attrs.frozen
@@ -49,6 +51,19 @@ class Durable:
 def encode_record(term: int, vote: NodeId | None, commit: int, truncate_from: int, runs: list[bytes]) -> bytes:
     body: bytes = msgpack.packb((term, vote or "", commit, truncate_from, runs))
     return b"\x01" + body
+
+
+def encode_mark(mark: bytes) -> bytes:
+    """The record that a process life begins with; ``mark`` names it."""
+    return b"\x02" + mark
+
+
+def last_mark(recovered: Recovered) -> bytes:
+    """The process life that wrote to a store last; empty if none left its mark."""
+    for record in reversed(recovered.records):
+        if record and record[0] == MARK:
+            return record[1:]
+    return b""
 
 
 def encode_checkpoint(index: int, term: int, configuration: Configuration, state: bytes) -> Snapshot:
@@ -86,6 +101,8 @@ def recover(recovered: Recovered) -> Durable:
 
 def replay(durable: Durable, record: bytes, number: int) -> None:
     """Add what ``record`` holds. Raises DecodeError."""
+    if record and record[0] == MARK:
+        return
     if not record or record[0] != VERSION:
         raise DecodeError(f"record {number} has an unknown version", code="raft")
     match unpack_array(record[1:]):

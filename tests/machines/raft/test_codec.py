@@ -11,11 +11,12 @@ import pytest
 from ha_core.config import LAN
 from ha_core.errors import CorruptRecordError, DecodeError
 from ha_core.interfaces import Recovered
+from ha_core.machines.contract import WriteCheckpoint
 from ha_core.machines.raft import messages as m
-from ha_core.machines.raft.configuration import Configuration, Member, decode_configuration
+from ha_core.machines.raft.configuration import Configuration, Member, decode_configuration, encode_configuration
 from ha_core.machines.raft.raft import Raft
-from ha_core.machines.raft.records import encode_checkpoint, encode_record, recover
-from ha_core.machines.raft.types import Entry, EntryKind, MessageRefused, RaftReceived, Reason
+from ha_core.machines.raft.records import encode_checkpoint, encode_mark, encode_record, last_mark, recover
+from ha_core.machines.raft.types import Checkpointed, Entry, EntryKind, MessageRefused, RaftReceived, Reason
 from tests.machines.raft.group import node_id
 
 ONE = Configuration(incoming=(node_id("n1"),), members={node_id("n1"): Member(b"r" * 16)})
@@ -193,3 +194,17 @@ def test_the_first_format_of_a_record_still_decodes() -> None:
 def test_messages_are_frozen() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         ALL[0].term = 9  # type: ignore[misc]
+
+
+def test_a_checkpoint_keeps_the_mark_of_the_process_life() -> None:
+    first = entry(1, 1, encode_configuration(ONE), EntryKind.CONFIGURATION)
+    records = [encode_mark(b"before"), encode_record(1, None, 1, 0, [m.encode_run([first])]), encode_mark(b"now")]
+    raft = Raft(
+        node=node_id("n1"), replica=b"r" * 16, profile=LAN, rng=random.Random(1), recovered=Recovered(None, records), mark=b"now"
+    )  # fmt: skip
+
+    raft.receive([Checkpointed(1, b"state")], 5)
+
+    (written,) = [effect for effect in raft.take_effects() if isinstance(effect, WriteCheckpoint)]
+    assert last_mark(Recovered(written.state, written.records)) == b"now"
+    assert recover(Recovered(written.state, written.records)).commit == 1
