@@ -30,7 +30,7 @@ def test_there_are_scenarios() -> None:
     assert len(FILES) >= 10
 
 
-@pytest.mark.parametrize("name", ["host_dies", "isolation"])
+@pytest.mark.parametrize("name", ["host_dies", "disk_lost"])
 def test_equal_seeds_print_equal_bytes_whatever_the_hash_seed(name: str) -> None:
     run = "from ha_core.cli.main import main; main()"
     command = [sys.executable, "-c", run, "simulate", str(FOLDER / f"{name}.toml"), "--json", "--seed", "7"]

@@ -2,12 +2,13 @@
 
 All AAMs come up first, without guards: hosts are registered while none has a lease, so nothing is placed. Then either
 everything ends (a cold start), or the hosts that are on get their agents and leases, and each VM with a ``host`` is started
-there before rules, dependencies and capacities are set that might want it elsewhere.
+there before dependencies and capacities are set that might keep it from starting. Rules, and the VMs that run anywhere, come at
+t = 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import attrs
@@ -32,8 +33,8 @@ class Forming:
         self._refused: ScenarioError | None = None
         self._added = {step.words[1] for step in self.scenario.steps if step.words[0] == "vm" and step.words[2] == "add"}
 
-    def run(self) -> None:
-        """Afterwards it is t = 0.
+    def run(self, begin: Callable[[], None]) -> None:
+        """``begin`` is called when it is t = 0.
 
         Raises:
             ScenarioError: the cluster refuses something of what the file describes, or cannot form.
@@ -42,10 +43,25 @@ class Forming:
         if self.scenario.formed:
             self._come_up()
             self._start_where_they_were()
-            self._describe()
+            self._define([vm for vm in self._known if self._ran_before(vm)])
+            self._settle()
+            begin()
+            self._rule()
+            self._define([vm for vm in self._known if not self._ran_before(vm)])
+            self._order(c.SetSettings.of(self.world.settings), "cluster")
         else:
-            self._describe()
+            self._define(self._known)
+            self._rule()
+            self._order(c.SetSettings.of(self.world.settings), "cluster")
+            self._settle()
             self._go_dark()
+            begin()
+            self._power_up()
+
+    @property
+    def refused(self) -> ScenarioError | None:
+        """What the cluster did not take of the file; orders given at t = 0 may be answered a little later."""
+        return self._refused
 
     # -- steps of the way --
 
@@ -119,35 +135,41 @@ class Forming:
         power = {host.name: host.power and host.name not in self.world.later for host in self.scenario.hosts}
         return vm.state == "started" and power.get(vm.host, False) and vm.name not in self._added
 
-    def _describe(self) -> None:
-        """What the file says of VMs, rules and policies, as it is; what ran before first."""
-        world = self.world
-        vms = [vm for vm in self.scenario.vms if vm.name not in self._added]
-        for vm in sorted(vms, key=lambda vm: not (self.scenario.formed and self._ran_before(vm))):
-            if self._ran_before(vm) or not self.scenario.formed:
-                self._order(c.DefineVm.of(vm_of(vm)), "vm", self._number("vm", vm.name))
+    # -- what the file says of VMs, rules and policies, as it is --
+
+    @property
+    def _known(self) -> list[VmSpec]:
+        return [vm for vm in self.scenario.vms if vm.name not in self._added]
+
+    def _define(self, vms: Sequence[VmSpec]) -> None:
+        for vm in vms:
+            self._order(c.DefineVm.of(vm_of(vm)), "vm", self._number("vm", vm.name))
+
+    def _rule(self) -> None:
         for number, rule in enumerate(rules_of(self.scenario)):
             self._order(c.SetRule.of(rule), "rule", number)
-        for vm in vms:
-            if self.scenario.formed and not self._ran_before(vm):
-                self._order(c.DefineVm.of(vm_of(vm)), "vm", self._number("vm", vm.name))
-        self._order(c.SetSettings.of(world.settings), "cluster")
-        self._wait(lambda: world.orders_done, "orders are not carried out")
+
+    def _settle(self) -> None:
+        self._wait(lambda: self.world.orders_done, "orders are not carried out")
+
+    # -- a cold start --
 
     def _go_dark(self) -> None:
-        """Everything was flushed, then every host lost its power; those that are on come up at t = 0."""
+        """Everything was flushed, then every host lost its power."""
         world = self.world
         world.sim.run_for(2 * SECOND)
-        for host in world.hosts.values():
-            assert host.aam is not None
-            host.aam.end(silent=True)
-        world.sim.run_for(SECOND)
         for spec in self.scenario.hosts:
             host = world.hosts[spec.name]
+            assert host.aam is not None
+            host.aam.end(silent=True)
             if not spec.power:
                 host.power_off()
-            elif spec.name not in world.later:
-                host.start()
+        world.sim.run_for(SECOND)
+
+    def _power_up(self) -> None:
+        for spec in self.scenario.hosts:
+            if spec.power and spec.name not in self.world.later:
+                self.world.hosts[spec.name].start()
 
     # -- tools --
 

@@ -46,15 +46,18 @@ class Play:
         self._judge = Judge(self.record, self.state, scenario.steps)
         self._verdicts: dict[int, Sequence[Verdict]] = {}
         self._opening: Sequence[str] = ()
+        self._end_ns = 0
 
     def run(self) -> PlayResult:
         self.sim.every(LOOK_NS, self.world.watch_peers)
+        forming = Forming(self.world)
         try:
-            Forming(self.world).run()
-            self._begin()
-            self.sim.run_for(ns(self.scenario.until_s))
+            forming.run(self._begin)
+            self.sim.run_until(self._end_ns, stop=lambda: forming.refused is not None)
         except TooManyViolationsError:
             pass
+        if forming.refused is not None:
+            raise forming.refused
         for number, expect in enumerate(self.scenario.expects):
             if number not in self._verdicts:
                 self._verdicts[number] = self._judge.judge(expect)
@@ -62,6 +65,7 @@ class Play:
 
     def _begin(self) -> None:
         """t = 0."""
+        self._end_ns = self.sim.now_ns + ns(self.scenario.until_s)
         self.record.begin()
         self.world.begin()
         self._opening = self.state.opening()
