@@ -309,12 +309,13 @@ class _Reader:
         retries = table.take("retries", list, [0, 120, 360, 840, 1800])
         if not retries or any(type(item) not in (int, float) or item < 0 for item in retries) or sorted(retries) != retries:
             raise table.fail("retries", f"[cluster]: retries = {retries!r}, expected seconds in ascending order")
+        added = {step.words[1] for step in steps if step.words[0] == "host" and step.words[2] == "add"}
         scenario = Scenario(
             path=self.path,
             title=title,
             profile=profile,
             until_s=until_s,
-            voters=table.count("voters", min(3, len(self.hosts)), 1),
+            voters=table.count("voters", max(1, min(3, len(self.hosts) - len(added))), 1),
             witness=table.take("witness", bool, False),
             leader=leader,
             formed=table.take("formed", bool, True),
