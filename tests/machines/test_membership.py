@@ -7,7 +7,7 @@ from collections.abc import Collection
 import attrs
 
 from ha_core.ids import LinkName, NodeId
-from ha_core.machines.membership import REPLACE_AFTER_NS, Contact, next_change
+from ha_core.machines.membership import REPLACE_AFTER_NS, Contact, next_change, next_leader
 from ha_core.machines.raft.configuration import Configuration, Member, change_configuration
 from ha_core.machines.raft.types import AddLearner, Promote, Remove
 
@@ -104,6 +104,13 @@ def test_a_wiped_voter_is_removed_and_joins_anew() -> None:
 
 def test_an_unregistered_host_is_removed() -> None:
     assert next_change(configuration([1, 2, 3]), leader=N[1], registered=N[1:3], contacts=alive(1, 2, 3)) == Remove(N[3])
+
+
+def test_a_leader_whose_host_is_not_registered_hands_over_before_it_is_removed() -> None:
+    config, contacts = configuration([1, 2, 3]), alive(2, 3)
+
+    assert next_change(config, leader=N[1], registered=N[2:4], contacts=contacts) is None
+    assert next_leader(config, leader=N[1], registered=N[2:4], contacts=contacts) == N[2]
 
 
 def test_nothing_is_done_that_would_leave_the_living_without_a_quorum() -> None:

@@ -7,6 +7,7 @@ from tests.mutants.harness import Mutant
 LEASES = "machines/failover/leases.py"
 PLANNER = "machines/failover/planner.py"
 RUNS = "machines/failover/run_procedures.py"
+LEASE_TEST = "tests/machines/failover/test_leases.py::"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -78,5 +79,21 @@ MUTANTS: list[Mutant] = [
         invariant="I42",
         campaign="cluster",
         seed=53,
+    ),
+    Mutant(
+        name="L3 a token is confirmed while its Revoke is on the way",
+        file=LEASES,
+        old="        if lease.token in self._revoking:  # L3\n            return False\n",
+        new="",
+        invariant="I43",
+        test=LEASE_TEST + "test_a_renewal_whose_round_ends_after_the_revoke_was_proposed_is_not_confirmed",
+    ),
+    Mutant(
+        name="L5 an expired token is renewed",
+        file=LEASES,
+        old="        if lease.armed and pending.arrived_ns >= count.expiry_ns:  # L5\n            return False\n",
+        new="",
+        invariant="I43",
+        test=LEASE_TEST + "test_a_renewal_that_comes_after_the_expiry_is_not_confirmed_even_if_nobody_has_looked_yet",
     ),
 ]

@@ -34,6 +34,9 @@ def test_a_blink_is_no_verdict() -> None:
     """H10."""
     isolation = Isolation(["gateway"], PATIENCE_NS, ANSWER_NS)
     isolation.leader(False, 0)
+    isolation.peer(PEER, True, 10)
+    isolation.peer(PEER, False, 20)
+    assert isolation.verdict is Verdict.CONNECTED
     isolation.leader(True, PATIENCE_NS - 1)
     isolation.handle_timer(PATIENCE_NS)
 

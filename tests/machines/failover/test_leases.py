@@ -175,6 +175,36 @@ def test_once_a_revoke_is_proposed_the_token_is_never_confirmed_again() -> None:
     assert office.log.lease("h1").revoked
 
 
+def test_a_renewal_whose_round_ends_after_the_revoke_was_proposed_is_not_confirmed() -> None:
+    """L3, I43: it came in time, but the Revoke is on its way into the log."""
+    office = Office()
+    office.wait(1.9)
+    office.renew()
+    demands = office.run()
+    while not any(isinstance(one, Proposal) and isinstance(one.command, c.Revoke) for one in demands):
+        assert office.now_ns < 13 * SECOND
+        office.now_ns += RENEWAL_NS
+        office.server.handle_timer(office.now_ns)
+        demands += office.server.take_demands()
+
+    office.server.round_done([one.number for one in demands if isinstance(one, Round)][-1], 5, office.now_ns)
+
+    answers = [one.answer.status for one in office.server.take_demands() if isinstance(one, Answer)]
+    assert Status.CONFIRMED not in answers, "I43: confirmed under a Revoke that may be applied at any moment"
+
+
+def test_a_renewal_that_comes_after_the_expiry_is_not_confirmed_even_if_nobody_has_looked_yet() -> None:
+    """L5, I43."""
+    office = Office()
+    expiry_ns = office.server.expiry_ns(HostName("h1"))
+    assert expiry_ns is not None
+    office.wait(1.9)
+    office.now_ns = expiry_ns
+
+    answers = [answer.status for answer in office.ask(token=office.log.token("h1"))]
+    assert answers == [Status.REVOKED], "I43: an expired token was confirmed"
+
+
 def test_an_expired_token_is_not_renewed_and_the_host_gets_a_new_lease() -> None:
     """L5."""
     office = Office()
