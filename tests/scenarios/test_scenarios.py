@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from ha_core.cli.simulate import simulate
-from ha_core.testing.scenario import load_scenario, play_scenario, tell
+from ha_core.testing.scenario import STEPS, load_scenario, parse_scenario, play_scenario, tell
 
 FOLDER = Path(__file__).parent
 FILES = sorted(FOLDER.glob("*.toml"))
@@ -28,6 +28,22 @@ def test_scenario_holds(path: Path) -> None:
 
 def test_there_are_scenarios() -> None:
     assert len(FILES) >= 10
+
+
+def test_example_of_the_manual_holds() -> None:
+    manual = (FOLDER.parent.parent / "docs" / "scenarios.md").read_text()
+    example = manual.partition("```toml\n")[2].partition("```")[0]
+
+    result = play_scenario(parse_scenario(example, "docs/scenarios.md"))
+
+    assert len(result.expectations) == 4
+    assert result.ok, "\n".join(tell(result))
+
+
+def test_manual_names_every_step() -> None:
+    manual = (FOLDER.parent.parent / "docs" / "scenarios.md").read_text()
+
+    assert [pattern for pattern in STEPS if f"`{pattern.split()[0]}" not in manual] == []
 
 
 @pytest.mark.parametrize("name", ["host_dies", "disk_lost"])

@@ -65,6 +65,7 @@ class Application:
         self.sim = stream.world.sim
         self.host = stream.world.hosts[name]
         self.node = NodeId(f"app@{name}")
+        self._failed = False
         links = stream.world.links_of(name)
         self.addresses = {LinkName(link): f"10.0.{net}.{number}:{PORT}" for net, link in enumerate(links, 1)}
         self.store = SimStore(self.sim, self.node, self._observe)
@@ -141,13 +142,21 @@ class Application:
             if not self.process.alive or self.process.lives != life:
                 return
             if error is not None:
-                self.process.end()
-                self._again()
+                self._fail(error)
             else:
+                self._failed = False
                 self.process.post(*events)
                 then()
 
         self.store.commit(operations, done)
+
+    def _fail(self, error: str) -> None:
+        """Its store failed; told once for a series of failures."""
+        if not self._failed:
+            self.stream.world.record.note(self.host.name, f"its application ends, and begins anew: {error}")
+        self._failed = True
+        self.process.end()
+        self._again()
 
     def _observe(self, image: Image, operation: Operation) -> None:
         self.stream.oracle.observe(self.node, self.node, image, operation)
