@@ -89,8 +89,6 @@ class Node:
         self._driver: Driver | None = None
         self._shell: EndpointShell | None = None
         self._records: RecordShell | None = None
-        self.on_effect: Callable[[Effect], bool] = lambda effect: False
-        """For agents: gets the effects of their own machines; True if it was one."""
 
     # -- transactions and durable messages --
 
@@ -380,9 +378,8 @@ class Node:
                 self.emit(PeerRefusedEvent(peer_name, code, text))
             case LeaderChanged(leader, term):
                 self.emit(LeaderEvent(leader, Term(term)))
-                self.on_effect(effect)
             case _:
-                self.on_effect(effect)
+                pass  # of the database's part in agents: a program has no use for it
 
     # -- the store's news --
 
