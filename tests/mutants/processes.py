@@ -56,4 +56,20 @@ MUTANTS: list[Mutant] = [
         invariant="I42",
         test=GUARD_TEST + "test_a_restart_on_the_same_host_never_overlaps_the_run_before",
     ),
+    Mutant(
+        name="M6 a commit is not flushed",
+        file="storage/sqlite_file.py",
+        old='execute("PRAGMA synchronous=FULL")',
+        new='execute("PRAGMA synchronous=NORMAL")',
+        invariant="I52",
+        test="tests/storage/test_sqlite_records.py::test_what_is_committed_is_flushed_before_the_commit_returns",
+    ),
+    Mutant(
+        name="M3 a number is not given back by the function that was rolled back",
+        file="storage/sqlite_transaction.py",
+        old="                self._outbox.truncate(record, count)\n",
+        new="                pass\n",
+        invariant="I4",
+        test="tests/storage/test_transactions.py::test_numbers_follow_each_other_and_a_rollback_gives_its_own_back",
+    ),
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -90,3 +92,18 @@ async def test_closed_connection_refuses_calls(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="no active connection"):
         await db.execute("SELECT 1")
+
+
+_FORGETFUL = """
+import sys, trio
+from ha_core.storage.sqlite_bridge import connect
+async def main():
+    connection = await connect(sys.argv[1])
+    await connection.run(connection.database().execute, "SELECT 1")
+trio.run(main)
+"""
+
+
+def test_a_connection_that_nobody_closed_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _FORGETFUL, str(tmp_path / "a.db")]
+    assert subprocess.run(command, timeout=10, check=False).returncode == 0

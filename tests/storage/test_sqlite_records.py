@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from ha_core.errors import CorruptRecordError, StorageError, StorageFullError, StoreLockedError
-from ha_core.storage.sqlite import SqliteEngine, pack_batch, unpack_batch
+from ha_core.storage.sqlite import NODE_DB, SqliteEngine, pack_batch, unpack_batch
+from ha_core.storage.sqlite_file import FileKind, open_file
+from ha_core.storage.sqlite_transactions import APP_DB
 
 
 async def test_appended_records_are_there_after_reopening(tmp_path: Path) -> None:
@@ -194,6 +196,19 @@ async def test_what_an_unclean_end_left_in_the_wal_is_written_anew_before_anythi
 
     async with SqliteEngine().open(str(alone), {}) as store:
         assert list((await store.recover()).records) == [b"kept"]
+
+
+@pytest.mark.parametrize("kind", [NODE_DB, APP_DB], ids=lambda kind: kind.name)
+async def test_what_is_committed_is_flushed_before_the_commit_returns(tmp_path: Path, kind: FileKind) -> None:
+    async with open_file(tmp_path / "one.db", kind) as file:
+        database = file.connection.database()
+
+        def read() -> dict[str, object]:
+            names = ("journal_mode", "synchronous", "locking_mode")
+            return {name: database.execute(f"PRAGMA {name}").fetchone()[0] for name in names}
+
+        settings = await file.connection.run(read)
+    assert settings == {"journal_mode": "wal", "synchronous": 2, "locking_mode": "exclusive"}, "I52: 1 survives no power cut"
 
 
 async def test_unknown_option_and_missing_folder_are_named(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ async def test_numbers_follow_each_other_and_a_rollback_gives_its_own_back(tmp_p
         assert [await store.transact(send, body) for body in (b"one", b"two")] == [1, 2]
         with pytest.raises(RuntimeError):
             await store.transact(fail)
-        assert await store.transact(send, b"three") == 3
+        assert await store.transact(send, b"three") == 3, "I4: no number is skipped or sent twice"
 
     async with opened(tmp_path) as store:
         assert store.outgoing[0].last == 3
