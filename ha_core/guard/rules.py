@@ -262,7 +262,7 @@ class GuardRules:
         if order.lease != self.lease_token:
             text = f"{order.vm}: assigned under lease {order.lease}, held is {self.lease_token}"
             return Reply(0, "other-lease", text, current=self.lease_token)
-        if known is None and now_ns < self._blind_until_ns:
+        if known is None and self._is_blind(order.shutdown_s, now_ns):
             return Reply(0, "not-reaped", f"{order.vm}: an earlier guard's runs may still be alive")
         if known is None and len(self.runs) >= MAX_RUNS:
             return Reply(0, "bad-request", f"{order.vm}: {MAX_RUNS} VMs are known already")
@@ -289,7 +289,7 @@ class GuardRules:
         """A token that never ran here is to be stopped: promise that it never will."""
         if known is not None and not known.state.reaped:
             return Reply(0, "not-reaped", f"{order.vm}: the older run with token {known.token} is not gone yet")
-        if known is None and (now_ns < self._blind_until_ns or self._fresh):
+        if known is None and (self._fresh or self._is_blind(order.shutdown_s, now_ns)):
             return Reply(0, "not-reaped", f"{order.vm}: it is not known yet whether an earlier guard's run is alive")
         if known is None and len(self.runs) >= MAX_RUNS:
             return Reply(0, "bad-request", f"{order.vm}: {MAX_RUNS} VMs are known already")
@@ -298,6 +298,10 @@ class GuardRules:
         self._effects.append(KeepTombstone(run.vm, run.token, run.lease_token))
         self._enter(run, RunState.STOPPED, now_ns)
         return Reply(0, run=self._report(run))
+
+    def _is_blind(self, shutdown_s: float, now_ns: int) -> bool:
+        """Whether a run of this VM of which nothing is known may be alive: its shutdown time adds to its deadline."""
+        return now_ns < self._blind_until_ns + (round(shutdown_s * 1e9) if self._blind_until_ns else 0)
 
     def _stop_run(self, run: Run, stop_by_ns: int, now_ns: int) -> None:
         if run.stop_by_ns and run.stop_by_ns <= stop_by_ns:

@@ -427,6 +427,20 @@ def test_on_a_fresh_run_directory_a_continued_lease_means_runs_that_nobody_sees(
     assert not host.start("a", 21).error
 
 
+def test_runs_that_nobody_sees_are_given_their_shutdown_time_too() -> None:
+    """I42: their deadline is that much later, and so is the end of the promise that they are gone."""
+    host = Host(fresh=True).granted(20, continued=7)
+    for _ in range(20):
+        host.answer(host.renewal(), 20, continued=7)
+
+    assert host.stop("a", 11, shutdown_s=5.0).error == "not-reaped"
+    assert host.start("b", 22, shutdown_s=5.0).error == "not-reaped"
+    assert not host.stop("c", 12).error
+    for _ in range(40):
+        host.answer(host.renewal(), 20, continued=7)
+    assert not host.stop("a", 11, shutdown_s=5.0).error
+
+
 def test_on_a_fresh_run_directory_a_first_lease_is_used_at_once() -> None:
     assert not Host(fresh=True).granted(7).start("a", 11).error
 

@@ -258,7 +258,8 @@ class HostAgent:
             if run.lease == self.inventory.lease(self._host):
                 self._call(run.vm, StartVm(vm, run.lease, run.token, run.shutdown_ns), now_ns)
             return
-        self._stop(run.vm, run.token, 0, now_ns)
+        # A guard that cannot see what an earlier one left counts this time, before it says that nothing is there.
+        self._stop(run.vm, run.token, run.shutdown_ns, now_ns)
 
     def _follow(self, run: Run, report: GuardReport, now_ns: int) -> None:
         if run.recalled and report.state != "stopping":

@@ -154,7 +154,7 @@ def test_an_ordered_stop_may_take_another_time_than_the_one_at_the_deadline(stop
 
 def test_a_recalled_run_that_never_began_is_declined() -> None:
     host = Host()
-    host.log.add_vm("vm")
+    host.log.add_vm("vm", shutdown_ns=7)
     token = host.log.assign("vm", "h1")
     host.log.done(c.WantVm(VmName("vm"), Wanted.STOPPED))
     host.see()
@@ -162,7 +162,7 @@ def test_a_recalled_run_that_never_began_is_declined() -> None:
     (decline,) = host.guard()
 
     assert isinstance(decline, StopVm)
-    assert decline.token == token
+    assert (decline.token, decline.grace_ns) == (token, 7)
 
 
 def test_a_refused_start_is_tried_again_soon_or_given_up_with_its_reason() -> None:
