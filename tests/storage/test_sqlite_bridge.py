@@ -95,11 +95,12 @@ async def test_closed_connection_refuses_calls(tmp_path: Path) -> None:
 
 
 _FORGETFUL = """
-import sys, trio
+import sys, time, trio
 from ha_core.storage.sqlite_bridge import connect
 async def main():
+    global connection
     connection = await connect(sys.argv[1])
-    await connection.run(connection.database().execute, "SELECT 1")
+    connection.post(lambda: time.sleep(60))  # stuck
 trio.run(main)
 """
 
