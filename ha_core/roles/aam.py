@@ -29,7 +29,7 @@ from ha_core.machines.host import HostMachine, host_child
 from ha_core.machines.messages import PeerRefused, SessionUp
 from ha_core.machines.node import NodeMachine
 from ha_core.machines.raft.configuration import Configuration, Member
-from ha_core.machines.raft.types import ConfigurationChanged
+from ha_core.machines.raft.types import ConfigurationChanged, MessageRefused, Reason
 from ha_core.roles.aam_service import AamService
 from ha_core.roles.boots import FILE_NAME, next_boot, vouch
 from ha_core.roles.membership_file import MembershipFile, is_member
@@ -183,6 +183,8 @@ class Aam:
                 self._nursery.start_soon(self._ping, address)
             case VerdictChanged(verdict, reason):
                 logger.warning("this host is %s: %s", verdict.value, reason)
+            case MessageRefused(sender, Reason.REMOVED):
+                logger.error("%s, says %s", Reason.REMOVED.value, sender)
             case PeerRefused(peer, code, text):
                 logger.warning("refused %s (%s): %s", peer, code, text)
             case PersistFailed(_, error):

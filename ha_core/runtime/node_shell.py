@@ -46,6 +46,7 @@ from ha_core.machines.durable_events import (
     RunsCommitted,
 )
 from ha_core.machines.endpoint import EndpointMachine
+from ha_core.machines.raft.types import MessageRefused, Reason
 from ha_core.runtime.database import Database
 from ha_core.runtime.database_calls import DatabaseCalls
 from ha_core.runtime.deliveries import Deliveries, Inbox
@@ -376,6 +377,8 @@ class Node:
             case m.PeerRefused(peer_name, code, text):
                 logger.warning("%s", text)
                 self.emit(PeerRefusedEvent(peer_name, code, text))
+            case MessageRefused(sender, Reason.REMOVED):
+                logger.error("%s, says %s", Reason.REMOVED.value, sender)
             case LeaderChanged(leader, term):
                 self.emit(LeaderEvent(leader, Term(term)))
             case _:

@@ -132,4 +132,22 @@ MUTANTS: list[Mutant] = [
         invariant="I42",
         test="tests/machines/raft/test_election.py::test_a_deposed_leader_was_one_until_now_L6",
     ),
+    Mutant(
+        name="R19 a removed member is not told",
+        file=RAFT + "raft.py",
+        old="            if reason is Reason.RETIRED and isinstance(envelope.message, VoteRequest | ReadRequest):\n",
+        new="            if False:\n",
+        invariant="I38",
+        campaign="database",
+        seed=25,
+    ),
+    Mutant(
+        name="R19 a member that was told campaigns on",
+        file=RAFT + "raft.py",
+        old="        core.is_removed = True\n",
+        new="        self.reads.end(Reason.REMOVED)\n",
+        invariant="I38",
+        campaign="database",
+        seed=2,
+    ),
 ]

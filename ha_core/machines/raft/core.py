@@ -68,6 +68,8 @@ class Core:
     unready: set[NodeId] = attrs.field(factory=set)
     """Peers whose session is down."""
     refused_count: int = 0
+    is_removed: bool = False
+    """A member said that this incarnation was removed: it takes no part any more (I38)."""
     entry_write: int = 0
     """The newest write that holds entries."""
     _term_write: int = 0
@@ -109,7 +111,9 @@ class Core:
     @property
     def is_voter(self) -> bool:
         configuration = self.log.configuration
-        return configuration is not None and configuration.is_voter(self.node) and configuration.knows(self.node, self.replica)
+        if configuration is None or self.is_removed:
+            return False
+        return configuration.is_voter(self.node) and configuration.knows(self.node, self.replica)
 
     @property
     def is_term_durable(self) -> bool:

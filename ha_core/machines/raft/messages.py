@@ -129,9 +129,16 @@ class ReadAnswer:
     index: int
 
 
+@attrs.frozen
+class Removed:
+    """The receiver's incarnation was removed for good, and that is committed: what it asked for is never granted."""
+
+    term: int
+
+
 Message = (
     VoteRequest | VoteAnswer | Heartbeat | HeartbeatAnswer | Append | AppendAnswer
-    | SnapshotChunk | SnapshotAnswer | TimeoutNow | ReadRequest | ReadAnswer
+    | SnapshotChunk | SnapshotAnswer | TimeoutNow | ReadRequest | ReadAnswer | Removed
 )  # fmt: skip
 
 
@@ -167,7 +174,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
 }
 _TYPES: tuple[type[Message], ...] = (
     VoteRequest, VoteAnswer, Heartbeat, HeartbeatAnswer, Append, AppendAnswer,
-    SnapshotChunk, SnapshotAnswer, TimeoutNow, ReadRequest, ReadAnswer,
+    SnapshotChunk, SnapshotAnswer, TimeoutNow, ReadRequest, ReadAnswer, Removed,
 )  # fmt: skip
 _CODES = {kind: code for code, kind in enumerate(_TYPES, 1)}
 

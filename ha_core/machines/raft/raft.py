@@ -29,6 +29,7 @@ from ha_core.machines.raft.messages import (
     Message,
     ReadAnswer,
     ReadRequest,
+    Removed,
     SnapshotAnswer,
     SnapshotChunk,
     TimeoutNow,
@@ -264,8 +265,13 @@ class Raft:
         reason = self._refusal(sender, envelope)
         if reason is not None:
             core.refuse(sender, reason)
+            if reason is Reason.RETIRED and isinstance(envelope.message, VoteRequest | ReadRequest):
+                core.send(sender, Removed(core.term), Lane.DATAGRAM, receiver=envelope.sender)
             return
         message = envelope.message
+        if isinstance(message, Removed) or core.is_removed:
+            self._leave(sender, envelope)
+            return
         if isinstance(message, VoteRequest) and message.pre:
             self.election.receive_pre_vote(sender, envelope, message)
             return
@@ -279,6 +285,17 @@ class Raft:
             self._answer_stale(sender, envelope, message)
             return
         self._dispatch(sender, envelope, message)
+
+    def _leave(self, sender: NodeId, envelope: Envelope) -> None:
+        """A member knows that we were removed: neither campaign nor answer any more, so that nobody is disturbed (I38).
+        Nothing is written: after a restart we ask, and are told, again."""
+        core = self.core
+        if core.is_removed or envelope.receiver != core.replica:
+            return
+        core.is_removed = True
+        self._follow(core.term, None)
+        self.reads.end(Reason.REMOVED)
+        core.refuse(sender, Reason.REMOVED)
 
     def _refusal(self, sender: NodeId, envelope: Envelope) -> Reason | None:
         """Why a message is not for us, or not from a member (R11, R13, I38). A sender that we do not know may be one that was

@@ -82,6 +82,7 @@ class Reason(enum.Enum):
     LAST_VOTER = "the last voter cannot be removed"
     OTHER_INCARNATION = "the member is a voter under another incarnation: remove it first"
     RETIRED = "this incarnation was removed for good"
+    REMOVED = "this replica was removed from the database: let its node join anew with a new store"
     REGRESSED = "the replica has lost entries that it acknowledged: remove it and let it join anew"
     MALFORMED = "the message is malformed"
     OTHER_CLUSTER = "the message is from another cluster"
@@ -298,7 +299,8 @@ class ConfigurationChanged(Effect):
 
 @attrs.frozen
 class MessageRefused(Effect):
-    """A message was not for us, not from a member, or malformed; for events and metrics."""
+    """A message was not for us, not from a member, or malformed; or (REMOVED, once) ``sender`` says that we were removed. For
+    events and metrics."""
 
     sender: NodeId
     reason: Reason

@@ -21,7 +21,9 @@ from ha_core.machines.raft.types import Entry, Role
 from ha_core.testing.simulator import SimDisk, Simulation
 
 _VOTES = (1, 2)
-"""The codes of VoteRequest and VoteAnswer: nothing else is worth decoding here."""
+"""The codes of VoteRequest and VoteAnswer ..."""
+_REMOVED = 12
+"""... and of Removed: nothing else is worth decoding here."""
 
 
 class DiskReader:
@@ -92,6 +94,8 @@ class ConsensusChecker:
         self.committed = 0
         """The largest index known to be committed, anywhere."""
         self._votes: dict[tuple[str, bytes, int], str] = {}
+        self._told: dict[str, Raft] = {}
+        """Removed replicas that were told so, in the life in which they were."""
         self._origins: dict[int, list[bytes]] = {}
         """term -> the incarnations that were candidates in it."""
         self._states: dict[int, int] = {}
@@ -276,6 +280,10 @@ class ConsensusChecker:
         if body[2] not in _VOTES:
             return
         message = decode(body).message
+        if isinstance(message, VoteRequest) and name in self._told:
+            self._sim.checked("I38")
+            if self._told[name] is self._raft_of(name):
+                self._sim.violate("I38", f"{name} asks for the vote of {to} after it was told that it is removed")
         if isinstance(message, VoteAnswer) and message.granted:
             if message.pre:
                 self._check_stickiness(name, to)
@@ -283,6 +291,29 @@ class ConsensusChecker:
                 self._voted(name, message.term, to)
         elif isinstance(message, VoteRequest) and not message.pre:
             self._voted(name, message.term, name)
+
+    def got_datagram(self, name: str, body: bytes) -> None:
+        """I38: from now on this life of a removed replica asks for no vote, not even in a pre-vote."""
+        if body[2] == _REMOVED:
+            raft = self._raft_of(name)
+            if raft is not None and decode(body).receiver == raft.core.replica:
+                self._told[name] = raft
+
+    def untold(self) -> list[str]:
+        """I38: replicas that were removed, and still take themselves for voters."""
+        committed = next((seen.configuration for seen in self._seen.values() if self._is_newest(seen)), None)
+        return [
+            name
+            for name in self._readers
+            if committed is not None
+            and (raft := self._raft_of(name)) is not None
+            and raft.core.replica in committed.retired
+            and raft.core.is_voter
+        ]
+
+    def _is_newest(self, seen: Seen) -> bool:
+        raft = seen.raft
+        return raft.core.commit >= self._configured and raft.core.log.configuration_index <= raft.core.commit
 
     def _check_stickiness(self, name: str, to: str) -> None:
         """I38, as far as it rests on voters: who hears its leader helps nobody to depose it (R17)."""

@@ -114,6 +114,8 @@ class World:
             cache_bytes=rng.choice([200, 4000]),
         )
         self.checkpoint_every = rng.choice([10, 30, 100])
+        self._is_patient = rng.random() < 0.5
+        """The administrator gives a removed node a new store only once that node knows that it was removed."""
         self._request = 0
         self._floors: dict[int, int] = {}
         self.held: dict[tuple[str, str], list[tuple[str, bytes]]] = {}
@@ -194,6 +196,8 @@ class World:
 
     def received(self, process: SimProcess, sender: str, channel: str, body: bytes) -> None:
         """``channel`` is empty for a datagram."""
+        if not channel:
+            self.checker.got_datagram(process.name, body)
         process.post(RaftReceived(NodeId(sender), body))
 
     def _session(self, process: SimProcess, peer: str, up: bool) -> None:
@@ -281,6 +285,9 @@ class World:
 
     def judge(self) -> None:
         """What can only be said at the end."""
+        self.sim.checked("I38")
+        for name in self.checker.untold():
+            self.sim.violate("I38", f"{name} was removed, everything is healed, and it still takes itself for a voter")
 
     def work(self) -> None:
         """One client turn: some writes at somebody who should lead, or a read anywhere."""
@@ -318,7 +325,10 @@ class World:
     def _renew_removed(self, configuration: Configuration) -> None:
         """A node whose removal is committed may come back, but only with a new store."""
         for name, replica in self.replicas.items():
-            if name not in configuration.members and replica.disk.incarnation in configuration.retired:
+            if name in configuration.members or replica.disk.incarnation not in configuration.retired:
+                continue
+            raft = replica.live_raft
+            if not self._is_patient or (raft is not None and not raft.core.is_voter):
                 self._renew(replica)
 
     def _renew(self, replica: Replica) -> None:
@@ -452,4 +462,4 @@ class DatabaseCampaign:
         commits = [
             raft.core.commit if (raft := world.replicas[node].live_raft) is not None else 0 for node in configuration.voters
         ]
-        return min(commits) >= goal
+        return min(commits) >= goal and not world.checker.untold()

@@ -144,6 +144,7 @@ class DatabaseWorld(World):
         if channel:
             process.post(Arrived(NodeId(sender), ChannelName(channel), [body]))
         else:
+            self.checker.got_datagram(process.name, body)
             process.post(DatagramArrived(NodeId(sender), body))
 
     def session(self, process: SimProcess, peer: str, up: bool) -> None:
@@ -277,6 +278,7 @@ class DatabaseWorld(World):
 
     def judge(self) -> None:
         """I40: the whole history, and what the watch saw of it."""
+        super().judge()
         for client in self._clients:
             if client.operation is not None:
                 self._end(client, None)

@@ -239,13 +239,16 @@ class Group:
             elif not self.is_cut(sent.sender, sent.to):
                 node.step(RaftReceived(node_id(sent.sender), body))
 
-    def inject(self, to: str, sender: str, message: Message, replica: bytes | None = None, cluster: str = CLUSTER) -> None:
+    def inject(
+        self, to: str, sender: str, message: Message, replica: bytes | None = None, cluster: str = CLUSTER,
+        receiver: bytes | None = None,
+    ) -> None:  # fmt: skip
         """Hand ``to`` a message that ``sender`` might have sent, at once."""
         from hashlib import blake2b
 
         digest = blake2b(cluster.encode(), digest_size=8).digest()
         origin = self.nodes[sender].disk.incarnation if replica is None else replica
-        body = encode(digest, origin, self.nodes[to].disk.incarnation, message)
+        body = encode(digest, origin, self.nodes[to].disk.incarnation if receiver is None else receiver, message)
         self.nodes[to].step(RaftReceived(node_id(sender), body))
 
     def is_cut(self, one: str, other: str) -> bool:

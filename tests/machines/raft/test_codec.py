@@ -32,6 +32,7 @@ ALL: list[m.Message] = [
     m.TimeoutNow(3),
     m.ReadRequest(3, 99),
     m.ReadAnswer(3, 99, True, 4),
+    m.Removed(3),
 ]
 
 WRONG: tuple[object, ...] = (None, -1, "text", 1.5, [1], {})

@@ -12,7 +12,7 @@ from ha_core.machines.raft.configuration import (
     decode_configuration,
     encode_configuration,
 )
-from ha_core.machines.raft.messages import Append, AppendAnswer, Heartbeat, HeartbeatAnswer, VoteAnswer, VoteRequest
+from ha_core.machines.raft.messages import Append, AppendAnswer, Heartbeat, HeartbeatAnswer, Removed, VoteAnswer, VoteRequest
 from ha_core.machines.raft.types import (
     AddLearner,
     ConfigurationRefused,
@@ -177,6 +177,54 @@ def test_a_removed_member_disturbs_nobody_R19_I38() -> None:
     assert group.leader.name == "n1"
     assert {group[name].term for name in ("n1", "n2", "n3")} == {2}
     assert Reason.RETIRED in refusals(group["n2"])
+
+
+def test_a_removed_member_is_told_and_campaigns_no_more_I38() -> None:
+    group = Group(4)
+    group.elect()
+    group.partition(["n4"])
+    group.change("n1", Remove(node_id("n4")))
+    group.run(1000)
+    group.heal()
+    group.run(1000)
+
+    assert refusals(group["n4"]) == [Reason.REMOVED]
+    asked = len(refusals(group["n1"]))
+    group.run(5000)
+    assert len(refusals(group["n1"])) == asked
+    assert group["n4"].role is Role.FOLLOWER
+
+    group.crash("n4")
+    group.restart("n4")
+    group.run(1000)
+    assert group["n4"].machine.core.is_removed, "after a restart it is told again"
+
+
+def test_a_removal_that_is_not_committed_is_told_to_nobody_I38() -> None:
+    group = Group(5)
+    group.elect()
+    group.partition(["n1", "n2"], ["n3", "n4"])
+    group.change("n1", Remove(node_id("n5")))
+    group.run(50)
+    group.heal()
+    group.partition(["n1", "n5"])
+    group.run(2000)
+
+    assert Reason.REMOVED not in refusals(group["n5"])
+    assert not group["n5"].machine.core.is_removed
+
+
+def test_only_what_is_meant_for_this_incarnation_removes_it() -> None:
+    group = Group(3)
+    group.elect()
+
+    group.inject("n2", "n1", Removed(2), receiver=b"")
+    group.inject("n2", "n1", Removed(2), receiver=b"o" * 16)
+    assert not group["n2"].machine.core.is_removed
+
+    group.inject("n2", "n1", Removed(2), receiver=group["n2"].machine.core.replica)
+    assert group["n2"].machine.core.is_removed
+    assert not group["n2"].machine.core.is_voter
 
 
 def test_answers_of_nonmembers_count_for_nothing_R13() -> None:
