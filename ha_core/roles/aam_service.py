@@ -150,14 +150,15 @@ async def read_page(ask: Callable[[Range], Awaitable[DatabaseOutcome]], call: Ca
     return {"records": records, "revision": outcome.revision, "more": outcome.more}
 
 
-def pieces(change: RecordsChanged) -> Iterator[tuple[int, bool, list[tuple[bytes, bytes | None]]]]:
-    """A change in pieces that fit a frame; only the first piece of a whole state says that it is one."""
-    restored, piece, size_bytes = change.restored, list[tuple[bytes, bytes | None]](), 0
+def pieces(change: RecordsChanged) -> Iterator[tuple[int, bool, list[tuple[bytes, bytes | None]], bool]]:
+    """A change in pieces that fit a frame. The last field says that more of it follows: whoever acts on a part sees runs without
+    their VMs."""
+    piece, size_bytes = list[tuple[bytes, bytes | None]](), 0
     for key, value in change.changes:
         record_bytes = len(key) + len(value or b"")
         if piece and size_bytes + record_bytes > PIECE_BYTES:
-            yield change.index, restored, piece
-            restored, piece, size_bytes = False, [], 0
+            yield change.index, change.restored, piece, True
+            piece, size_bytes = [], 0
         piece.append((key, value))
         size_bytes += record_bytes
-    yield change.index, restored, piece
+    yield change.index, change.restored, piece, False

@@ -57,12 +57,15 @@ class Vmap:
         self._changed = trio.Event()
 
     async def _follow(self, client: RpcClient) -> None:
+        gathered: list[tuple[bytes, bytes | None]] = []
         async with client.stream("records.watch") as items:
             async for kind, value in items:
                 if kind == ITEM:
-                    index, restored, changes = cast(tuple[int, bool, Sequence[Sequence[bytes | None]]], value)
-                    pairs = [(cast(bytes, key), item) for key, item in changes]
-                    self._on_records(RecordsSeen(index, pairs, restored))
+                    index, restored, changes, more = cast(tuple[int, bool, Sequence[Sequence[bytes | None]], bool], value)
+                    gathered += [(cast(bytes, key), item) for key, item in changes]
+                    if not more:
+                        self._on_records(RecordsSeen(index, gathered, restored))
+                        gathered = []
 
     async def propose(self, command: Command) -> Outcome:
         """Put a command into the log; returns once it is committed and flushed, with what it came to.

@@ -73,14 +73,14 @@ async def test_a_wrong_request_is_refused(params: dict[str, object]) -> None:
         await Database().page(**params)
 
 
-def test_a_whole_state_is_streamed_in_pieces_the_first_of_which_replaces_all() -> None:
+def test_a_whole_state_is_streamed_in_pieces_of_which_the_last_says_so() -> None:
     streamed = list(pieces(RecordsChanged(9, RECORDS, restored=True)))
 
-    assert [restored for _, restored, _ in streamed] == [True, *[False] * (len(streamed) - 1)]
-    assert [pair for _, _, piece in streamed for pair in piece] == RECORDS
+    assert [more for *_, more in streamed] == [*[True] * (len(streamed) - 1), False]
+    assert [pair for _, _, piece, _ in streamed for pair in piece] == RECORDS
     assert len(streamed) > 1
     assert all(len(msgpack.packb(piece)) < MAX_FRAME_BYTES for piece in streamed)
 
 
 def test_an_empty_state_is_a_piece() -> None:
-    assert list(pieces(RecordsChanged(9, [], restored=True))) == [(9, True, [])]
+    assert list(pieces(RecordsChanged(9, [], restored=True))) == [(9, True, [], False)]
