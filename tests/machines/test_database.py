@@ -64,6 +64,7 @@ from ha_core.machines.keyvalue.model import (
     Refusal,
     Refused,
     RequestId,
+    Revoke,
     RevisionEvents,
     Revoke,
     SetLimits,
@@ -396,6 +397,36 @@ def test_a_lease_that_nobody_renews_ends_after_its_ttl_and_not_before() -> None:
 
     assert value(cluster.call(leader, Get(b"k"))) is None
     assert code(cluster.call(leader, Renew(token))) is Refusal.LEASE_NOT_FOUND
+
+
+def test_a_repeated_grant_whose_lease_was_revoked_meanwhile_is_answered_and_counts_nothing() -> None:
+    """I40: its session answers it with the token of then; the leader has no such lease to count."""
+    cluster = Cluster(clients=1)
+    leader = cluster.leader()
+    (client,) = cluster.clients
+    cluster.call(client, put(b"k", b"v"))
+    request = cluster.submit(client, Grant(60 * S), timeout_ns=2 * S)
+    cluster.run_for(300_000)
+    for node in cluster.nodes:
+        cluster.cut(client, node)
+    cluster.run_for(3 * S)
+    unknown = cluster.processes[client].replies[request]
+    assert isinstance(unknown, Refused)
+    assert isinstance(unknown.detail, tuple)
+    session, sequence = unknown.detail
+    assert isinstance(session, int)
+    assert isinstance(sequence, int)
+    (token,) = cluster.processes[leader].database.state.leases
+    cluster.call(leader, Revoke(LeaseToken(token)))
+    cluster.heal()
+
+    again = cluster.call(client, Grant(60 * S), identity=RequestId(session, sequence))
+
+    assert granted(again) == token
+    assert code(cluster.call(leader, Renew(LeaseToken(token)))) is Refusal.LEASE_NOT_FOUND
+    cluster.run_for(70 * S)
+    assert cluster.processes[leader].database.is_leading
+    assert cluster.processes[leader].database.state.leases == {}
 
 
 def test_a_renewed_lease_lives_and_its_renewals_do_not_enter_the_log() -> None:

@@ -150,4 +150,13 @@ MUTANTS: list[Mutant] = [
         campaign="database",
         seed=2,
     ),
+    Mutant(
+        name="R40 the lease of a repeated Grant is counted from its repetition",
+        file="ha_core/machines/database_server.py",
+        old="type(first) is Granted and first.token == index:",
+        new="type(first) is Granted:",
+        invariant="I40",
+        test="tests/machines/test_database.py::"
+        "test_a_repeated_grant_whose_lease_was_revoked_meanwhile_is_answered_and_counts_nothing",
+    ),
 ]
