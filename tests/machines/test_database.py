@@ -64,7 +64,6 @@ from ha_core.machines.keyvalue.model import (
     Refusal,
     Refused,
     RequestId,
-    Revoke,
     RevisionEvents,
     Revoke,
     SetLimits,
