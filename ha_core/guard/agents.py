@@ -38,6 +38,7 @@ class BeatSocket:
             os.unlink(fresh)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._socket.bind(fresh)
+        os.chmod(fresh, 0o600)
         os.rename(fresh, path)
 
     def fileno(self) -> int:
