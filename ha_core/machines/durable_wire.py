@@ -152,7 +152,9 @@ def decode(data: bytes) -> Frame:
             case [1, bool(complete), list(rows)]:
                 return Report(complete, [_channel_report(row) for row in rows])
             case [3, str(name), bool(outgoing), str(text)]:
-                return ForkNotice(_name(name), outgoing, text)
+                return ForkNotice(
+                    _name(name), outgoing, text if text.isprintable() else ascii(text)
+                )  # it goes to logs: one line
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as exc:
         raise DecodeError("a durable frame cannot be read", code="durable") from exc
     raise DecodeError("a durable frame of an unknown form", code="durable")

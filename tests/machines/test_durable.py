@@ -15,9 +15,11 @@ from ha_core.machines.durable_wire import (
     FLIGHT_BYTES,
     START_DIGEST,
     WINDOW_COUNT,
+    ForkNotice,
     RunFrame,
     chain,
     decode,
+    encode_fork,
     encode_run,
     pack_run,
     unpack_run,
@@ -541,6 +543,13 @@ def test_frames_decode_to_what_was_encoded() -> None:
 
     assert decode(encode_run(frame)) == frame
     assert unpack_run(frame.blob) == [b"a", b""]
+
+
+def test_what_a_peer_says_of_a_fork_is_one_line() -> None:
+    notice = decode(encode_fork(ForkNotice(C, True, "cloned\n2026-01-01 \x1b[31mall is well")))
+
+    assert isinstance(notice, ForkNotice)
+    assert notice.text == r"'cloned\n2026-01-01 \x1b[31mall is well'"
 
 
 def test_batch_is_a_sequence_of_messages() -> None:
