@@ -97,7 +97,8 @@ def _finish_interrupted(path: Path) -> None:
     intended, backup = _beside(path, "new"), _beside(path, "backup")
     if not intended.exists():
         return
-    new, old, now = intended.read_bytes(), backup.read_bytes(), path.read_bytes()
+    new, now = intended.read_bytes(), path.read_bytes()
+    old = backup.read_bytes() if backup.exists() else b""
     common = len(os.path.commonprefix([new, now]))
     if now not in (new, old) and now[common:] in (old[common:], b""):
         _overwrite(path, new)

@@ -90,3 +90,14 @@ def test_what_somebody_else_wrote_after_a_crash_is_kept(tmp_path: Path) -> None:
     correct_hosts_file(path, TABLE)
 
     assert path.read_bytes() == theirs
+
+
+def test_a_backup_that_somebody_removed_stops_no_correction(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_bytes(OLD)
+    (tmp_path / "hosts.ha-core-new").write_bytes(NEW)
+
+    correct_hosts_file(path, TABLE)
+
+    assert path.read_bytes() == NEW
+    assert not (tmp_path / "hosts.ha-core-new").exists()
