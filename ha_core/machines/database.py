@@ -253,7 +253,8 @@ class DatabaseMachine:
                 self._message(event.peer, body, now_ns)
         else:
             self._raft_events.extend([RaftReceived(event.peer, body) for body in event.bodies])
-        self._effects.append(consumed(event.peer, event))
+        known = self._up.get(event.peer)
+        self._effects.append(consumed(event.peer, None if known is None else known.session, event))
 
     def _message(self, peer: NodeId, body: bytes, now_ns: int) -> None:
         try:

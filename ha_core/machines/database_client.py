@@ -97,7 +97,7 @@ class DatabaseClientMachine:
                 case WatchEnd(watch, resume, compacted):
                     if self._watches.pop(watch, None) is not None:
                         self._effects.append(WatchClosed(watch, resume, compacted))
-        self._effects.append(consumed(event.peer, event))
+        self._effects.append(consumed(event.peer, self._sessions.get(event.peer), event))
 
     def _deliver(self, peer: NodeId, message: WatchDeliver) -> None:
         watch = self._watches.get(message.watch)

@@ -441,5 +441,6 @@ def send_requests(to: NodeId, session: SessionId | None, requests: Sequence[tupl
     return Send(SendRun(to, DATABASE, bodies, Priority.URGENT, session=session))
 
 
-def consumed(peer: NodeId, arrived: Arrived) -> Send:
-    return Send(Consumed(peer, arrived.channel, len(arrived.bodies), sum(map(len, arrived.bodies))))
+def consumed(peer: NodeId, session: SessionId | None, arrived: Arrived) -> Send:
+    """``session`` is the one that delivered it: the batch may hold its end and the beginning of the next."""
+    return Send(Consumed(peer, arrived.channel, len(arrived.bodies), sum(map(len, arrived.bodies)), session))

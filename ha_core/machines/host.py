@@ -14,7 +14,7 @@ from typing import Final, cast
 import attrs
 import msgpack
 
-from ha_core.ids import ChannelName, LinkName, NodeId, ReplicaId, host_of
+from ha_core.ids import ChannelName, LinkName, NodeId, ReplicaId, SessionId, host_of
 from ha_core.machines.aam import AamMachine, GuardDatagram, PeerReached, PingAnswered, RecordsChanged
 from ha_core.machines.contract import Effect, Event
 from ha_core.machines.database_events import (
@@ -58,6 +58,8 @@ class _Peer:
     replica: bytes = b""
     addresses: Mapping[LinkName, str] = attrs.field(factory=dict)
     has_session: bool = False
+    session: SessionId | None = None
+    """The present one, or the last."""
     reachable: bool = False
     silent_since_ns: int = 0
 
@@ -100,8 +102,9 @@ class HostMachine:
                 case Introduced(run):
                     self._heard(run)
                     continue
-                case PeerUp(peer):
+                case PeerUp(peer, session):
                     self._peer(peer).has_session = True
+                    self._peer(peer).session = session
                     self._note(peer, now_ns)
                     self._effects.append(SendRun(peer, INTRODUCTION, [self._introduction], Priority.URGENT))
                 case PeerDown(peer):
@@ -187,7 +190,8 @@ class HostMachine:
             if introduced is not None:
                 known = self._peer(run.peer)
                 known.replica, known.addresses = introduced
-        self._effects.append(Consumed(run.peer, run.channel, len(run.bodies), sum(map(len, run.bodies))))
+        session = self._peer(run.peer).session
+        self._effects.append(Consumed(run.peer, run.channel, len(run.bodies), sum(map(len, run.bodies)), session))
 
     def _follow_the_hosts(self) -> None:
         """The endpoint's peers are the registered hosts' aams, and whoever is still a member; before the database is there,
