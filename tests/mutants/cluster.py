@@ -78,7 +78,7 @@ MUTANTS: list[Mutant] = [
         new="if order.lease > self.lease_token:",
         invariant="I42",
         campaign="cluster",
-        seed=53,
+        seed=80,
     ),
     Mutant(
         name="L3 a token is confirmed while its Revoke is on the way",
@@ -95,5 +95,21 @@ MUTANTS: list[Mutant] = [
         new="",
         invariant="I43",
         test=LEASE_TEST + "test_a_renewal_that_comes_after_the_expiry_is_not_confirmed_even_if_nobody_has_looked_yet",
+    ),
+    Mutant(
+        name="I46 a host that hears nothing keeps its lease by asking, and its VMs are started nowhere",
+        file=LEASES,
+        old="return held and (count.proven or ",
+        new="return held and not count.proven and (",
+        invariant="I46",
+        test=LEASE_TEST + "test_a_host_that_hears_none_of_our_answers_loses_the_lease_that_its_vms_run_under",
+    ),
+    Mutant(
+        name="H11 a VM counts as up on a host that nobody has heard of",
+        file=PLANNER,
+        old=" and run.up and run.host in self.fresh)",
+        new=" and run.up)",
+        invariant="H11",
+        test="tests/machines/failover/test_planner.py::test_what_ran_on_a_host_that_nobody_has_heard_of_is_not_taken_for_up",
     ),
 ]

@@ -314,7 +314,7 @@ def test_only_hosts_that_renewed_a_moment_ago_are_fresh() -> None:
 
 
 def test_a_host_that_hears_none_of_our_answers_loses_the_lease_that_its_vms_run_under() -> None:
-    """Found by a scenario: with one direction cut the guard lost its lease and asked again and again; each ask was confirmed,
+    """I46, found by a scenario: with one direction cut the guard lost its lease and asked again and again; each ask was confirmed,
     so the lease never ended, and the VMs that had ended at their deadline were started nowhere."""
     office = Office()
     office.log.start("vm", "h1")

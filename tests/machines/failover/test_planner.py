@@ -119,7 +119,7 @@ def test_a_vm_waits_until_what_it_depends_on_is_up() -> None:
 
 
 def test_what_ran_on_a_host_that_nobody_has_heard_of_is_not_taken_for_up() -> None:
-    """Found by a scenario: after a power cut of all hosts a VM started before the one that it depends on, whose host was still
+    """H11, found by a scenario: after a power cut of all hosts a VM started before the one that it depends on, whose host was still
     off: the record of its run was as it had been before."""
     log = Log(hosts=3)
     log.add_vm("db")
