@@ -125,7 +125,10 @@ def _admission_problem(tx: KvTransaction, vm: Vm) -> str:
 def remove_vm(tx: KvTransaction, index: LogIndex, command: c.RemoveVm) -> Outcome:
     tx.delete(Vm.key_of(command.vm))
     run = Run.get(tx, command.vm)
-    if run is not None and run.free:
+    if run is not None and run.state is RunState.LOST and run.shutdown_ns:
+        # Its orderly shutdown may not be over: a VM that is added under this name waits for it. Nothing else is kept.
+        attrs.evolve(run, failed=False, attempts=0, crashed=False, avoid=(), home="").put(tx)
+    elif run is not None and run.free:
         run.delete(tx)
     return DONE
 

@@ -215,6 +215,20 @@ def test_an_orderly_shutdown_at_the_deadline_adds_to_the_expiry() -> None:
     assert assigned(log, "h2") == [("a", "h2")]
 
 
+def test_a_vm_that_is_removed_and_added_again_waits_for_the_shutdown_of_its_last_run_all_the_same() -> None:
+    """I42: its copy on the lost host may still be shutting down."""
+    log = Log(hosts=2)
+    log.start("a", "h1", shutdown_ns=10 * SECOND)
+    log.revoke("h1")
+
+    log.done(c.RemoveVm(VmName("a")))
+    log.add_vm("a")
+
+    assert assigned(log, "h2") == []
+    log.now_ns += 10_200_000_000
+    assert assigned(log, "h2") == [("a", "h2")]
+
+
 def test_nothing_is_planned_while_disarmed_and_stopped_or_ignored_vms_stay() -> None:
     log = Log(hosts=2)
     for name, wanted in (("stopped", Wanted.STOPPED), ("ignored", Wanted.IGNORED)):
