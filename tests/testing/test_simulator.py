@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import attrs
@@ -27,6 +28,8 @@ from ha_core.testing.campaigns.ping import Ping, PingCampaign
 from ha_core.testing.simulator import (
     MILLISECOND,
     SECOND,
+    Chaos,
+    Fault,
     SimClock,
     SimConnections,
     SimDisk,
@@ -238,6 +241,50 @@ def test_power_loss_takes_all_processes_of_a_host_and_resets_its_clock() -> None
 
     assert [process.alive for process in pair] == [True, True]
     assert host.clock.now_ns() == SECOND
+
+
+def test_a_process_that_stopped_by_itself_does_not_come_back_before_its_host() -> None:
+    """Its disk failed, then the power did; the restart that was due meanwhile must not bring it to life on a dark host."""
+    sim = Simulation(1)
+    host = SimHost(sim, "h1", boot_ns=5 * SECOND)
+    disk = SimDisk(sim, "aam")
+    process, _ = puppet_process(sim, "aam", clock=host.clock, disk=disk)
+    host.add(process)
+    sim.run_for(SECOND)
+    disk.device.fail_next()
+    process.post(Do([Persist(1, b"record")]))
+    sim.run_for(40 * MILLISECOND, stop=lambda: not process.alive)
+    assert not process.alive
+
+    host.power_off()
+    sim.run_for(2 * SECOND)
+    assert not process.alive
+    host.start()
+    sim.run_for(4 * SECOND)
+    assert not process.alive, "it boots"
+    sim.run_for(2 * SECOND)
+
+    assert process.alive
+    assert process.lives == 2
+
+
+def test_two_chaoses_of_one_simulation_draw_differently() -> None:
+    sim = Simulation(1)
+    struck: list[list[int]] = [[], []]
+
+    def fault(log: list[int]) -> Fault:
+        def begin(rng: random.Random, amount: float) -> None:
+            log.append(sim.now_ns)
+
+        return Fault("knock", begin)
+
+    for log in struck:
+        Chaos(sim, [fault(log)], {"knock": 1.0}).start()
+    sim.run_for(20 * SECOND)
+
+    assert len(struck[0]) > 10
+    assert len(struck[1]) > 10
+    assert not set(struck[0]) & set(struck[1])
 
 
 # -- disks --

@@ -85,6 +85,7 @@ class Simulation:
         self._max_steps = max_steps
         self._pending: list[tuple[TraceField, ...]] = []
         self._digest = blake2b(digest_size=16)
+        self._children: dict[str, int] = {}
         self._watchers: list[Callable[[str], None]] = []
         self._finishers: list[Callable[[], None]] = []
 
@@ -93,6 +94,11 @@ class Simulation:
     def stream(self, name: str) -> random.Random:
         """A generator of its own, drawn from the seed and ``name``."""
         return random.Random(f"{self.seed}/{name}")
+
+    def child_stream(self, name: str) -> random.Random:
+        """The same for each of several that have one name: those after the first draw from ``name/2``, ``name/3``, ..."""
+        number = self._children[name] = self._children.get(name, 0) + 1
+        return self.stream(name if number == 1 else f"{name}/{number}")
 
     def swarm(self, kinds: Sequence[str], *, share: float = 0.6) -> dict[str, float]:
         """Which fault kinds this seed uses, and how much: kind -> intensity in (0, 1], or 0.0 for off.

@@ -70,7 +70,7 @@ class Chaos:
         self._sim = sim
         self._faults = [fault for fault in faults if swarm.get(fault.kind, 0.0) > 0.0]
         self._swarm = swarm
-        self._rng = sim.stream("chaos")
+        self._rng = sim.child_stream("chaos")
         self._mean_interval_ns = mean_interval_ns
         self._longest_ns = longest_ns
         self._running = False

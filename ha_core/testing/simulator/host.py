@@ -16,13 +16,16 @@ class SimHost:
         self.name = name
         self.clock = SimClock(sim, rate_ppm=rate_ppm)
         self.powered = True
+        self.is_up = True
+        """It has power and has booted: processes may run."""
         self.boots = 1
         self.processes: list[SimProcess] = []
         self._boot_ns = boot_ns
 
     def add(self, process: SimProcess) -> SimProcess:
-        """Make ``process`` (built with ``clock=host.clock``) share the host's fate."""
+        """Make ``process`` (built with ``clock=host.clock``) share the host's fate; it does not start while the host is down."""
         self.processes.append(process)
+        process.host = self
         return process
 
     @property
@@ -31,7 +34,7 @@ class SimHost:
 
     def power_off(self, *, kind: str = "power-loss") -> None:
         if self.powered:
-            self.powered = False
+            self.powered = self.is_up = False
             self.sim.fault(kind)
             self.sim.trace("power off", self.name)
             for process in self.processes:
@@ -47,6 +50,7 @@ class SimHost:
     def _boot(self, boots: int) -> None:
         if self.powered and boots == self.boots:
             self.clock.reboot()
+            self.is_up = True
             for process in self.processes:
                 process.start()
 
@@ -54,9 +58,8 @@ class SimHost:
 
     def start(self) -> None:
         self.power_on()
-        if self.powered:
-            for process in self.processes:
-                process.start()
+        for process in self.processes:
+            process.start()
 
     def crash(self, *, silent: bool = False, kind: str = "crash") -> None:
         """Every process killed; silent: the power is gone."""

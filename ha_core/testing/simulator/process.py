@@ -24,6 +24,12 @@ class Observer(Protocol):
     def process_up(self, process: SimProcess) -> None: ...
 
 
+class Host(Protocol):
+    """What a process needs to know of its host; SimHost has it."""
+
+    is_up: bool
+
+
 class _CrashedInStepError(Exception):
     """Unwinds a step whose process was killed between two effects."""
 
@@ -53,6 +59,8 @@ class SimProcess:
         self.rng: random.Random = sim.stream(f"process/{name}")
         """The machine's own randomness: one stream for all its lives."""
         self.machine: Machine | None = None
+        self.host: Host | None = None
+        """Where it runs, if that is more than itself (``SimHost.add``)."""
         self.lives = 0
         self.failed = ""
         """The text of the write error that poisoned its disk in this life."""
@@ -103,8 +111,9 @@ class SimProcess:
     # -- life and death --
 
     def start(self) -> None:
-        """Begin a life: build the machine and let it make its first step."""
-        if self.machine is not None:
+        """Begin a life: build the machine and let it make its first step. Nothing happens while its host is down: booting
+        starts it."""
+        if self.machine is not None or (self.host is not None and not self.host.is_up):
             return
         self.lives += 1
         self.failed = ""
