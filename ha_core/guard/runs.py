@@ -35,13 +35,15 @@ from ha_core.guard.mapping import (
     lock_free,
     open_run,
 )
-from ha_core.guard.processes import Process, boot_id, find_process, open_process
-from ha_core.guard.shim import Command, fork_shim
+from ha_core.guard.processes import Process, boot_id, find_process, open_process, sample
+from ha_core.guard.shim import Command, descendants, fork_shim
 
 BOOT_MARK = "boot"
 STARTING_TICK_NS = 10_000_000
 _OVERDUE_NS = 50_000_000
 _STALE_POLLS = 3
+_INIT_ENDS_NS = 20_000_000
+"""How long init has for the tree below it."""
 
 
 @dataclass(slots=True)
@@ -55,6 +57,8 @@ class _Entry:
     up: bool = False
     killed: bool = False
     """By this guard, because its lease was revoked."""
+    orphan_ns: int = 0
+    """Since when its init is without its shim, where no namespace ends it."""
 
 
 class RunKeeper:
@@ -219,8 +223,9 @@ class RunKeeper:
     # -- watching --
 
     def next_tick_ns(self, now: int) -> int | None:
-        """Runs that are not up yet are looked at often; the others with the guard's common tick."""
-        return now + STARTING_TICK_NS if any(not entry.up for entry in self._entries.values()) else None
+        """Runs that are not up yet, or end, are looked at often; the others with the guard's common tick."""
+        urgent = any(not entry.up or entry.orphan_ns for entry in self._entries.values())
+        return now + STARTING_TICK_NS if urgent else None
 
     def tick(self) -> None:
         now = now_ns()
@@ -251,12 +256,36 @@ class RunKeeper:
         if entry.init is None or entry.init.dead():
             self._gone(entry, _describe(entry))
             return
-        if entry.shim is not None and entry.shim.dead():
+        if entry.shim is None or entry.shim.dead():
             self._forget_shim(entry)
-            entry.init.send(signal.SIGKILL)
+            self._end_orphan(entry, entry.init)
         if not entry.up and mapping.get(Field.STATE) == RunPhase.RUNNING:
             entry.up = True
             self._tell(RunUp(mapping.vm, entry.token))
+
+    def _end_orphan(self, entry: _Entry, init: Process) -> None:
+        """Its shim is dead, so the run must end. In a namespace everything ends with init; without one init alone knows all that
+        the VM forked, and ends it: only should it fail to (somebody stopped it) is that done from here, and init killed last."""
+        if self._is_contained(entry):
+            init.send(signal.SIGKILL)
+            return
+        now = now_ns()
+        entry.orphan_ns = entry.orphan_ns or now
+        if now < entry.orphan_ns + _INIT_ENDS_NS:
+            return
+        init.send(signal.SIGSTOP)  # it must not fork the VM just now
+        alive = [pid for pid in descendants(init.pid) if (found := sample(pid)) is not None and found.state not in "ZX"]
+        for pid in alive:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        if not alive:
+            init.send(signal.SIGKILL)
+
+    @staticmethod
+    def _is_contained(entry: _Entry) -> bool:
+        return entry.mapping.get(Field.CONTAINMENT) == Containment.PID_NAMESPACE
 
     def _look(self, entry: _Entry) -> None:
         """Open pidfds of what has been recorded meanwhile."""
@@ -294,8 +323,8 @@ class RunKeeper:
     def _kill(self, entry: _Entry) -> None:
         if entry.shim is not None:
             entry.shim.send(signal.SIGKILL)
-        if entry.init is not None:
-            entry.init.send(signal.SIGKILL)
+        if entry.init is not None and (entry.shim is None or self._is_contained(entry)):
+            self._end_orphan(entry, entry.init)
 
     def _wake(self, entry: _Entry) -> None:
         # Only once init is recorded: before that, the shim may not have blocked the signal yet, and it would die.

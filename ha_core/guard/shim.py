@@ -31,7 +31,8 @@ from ha_core.guard.processes import prepare_child, redirect, start_time
 _NEVER = (1 << 63) - 1
 _WAKE = signal.SIGUSR1
 _PARENT_DIED = signal.SIGUSR2
-_LAST_RESORT_NS = 20_000_000
+_LAST_RESORT_NS = 50_000_000
+_TREE_ENDS_NS = 1_000_000_000
 _SHORTEST_POLL_NS = 5_000_000
 
 
@@ -240,8 +241,10 @@ class _Init:
 
     def _end_tree(self) -> NoReturn:
         """Kill every descendant until none is left; orphans become our own children, so none escapes that stayed below us."""
+        if not self._contained:
+            self._timer.arm(now_ns() + _TREE_ENDS_NS)
         for _ in range(1000):
-            for pid in _descendants(os.getpid()):
+            for pid in descendants(os.getpid()):
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -263,7 +266,8 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """All that are below ``pid`` at this moment, the dead that nobody has reaped yet included."""
     found: list[int] = []
     waiting = _children(pid)
     while waiting:

@@ -64,6 +64,9 @@ os.write(journal, f"start {me}\\n".encode())
 what = sys.argv[2:]
 if "ignore-term" in what:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if "child" in what and os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "daemon" in what:
     os.set_inheritable(lock, True)
     if os.fork() == 0:
@@ -74,8 +77,8 @@ if "daemon" in what:
         os.write(journal, f"daemon {me}\\n".encode())
         while True:
             time.sleep(60)
-while True:
-    time.sleep(60)
+while os.path.exists(path + ".journal"):  # what escapes a broken guard ends with its world
+    time.sleep(1)
 """
 
 AGENT = """

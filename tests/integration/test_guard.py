@@ -652,6 +652,31 @@ def test_without_namespaces_a_daemonising_command_is_refused() -> None:
         assert not world.lock_held("a")
 
 
+@pytest.mark.parametrize("how", ["revoked", "deadline", "stopped", "shim killed", "init stopped"])
+def test_without_namespaces_a_vms_children_end_with_it_while_the_guard_lives(how: str) -> None:
+    """I43: init is what knows them, so it must not be killed before it has ended them."""
+    with World(containment="subreaper") as world:
+        world.start_guard()
+        world.start_vm("a", 1000, "child")
+        time.sleep(0.05)
+        match how:
+            case "revoked":
+                world.leader.revoked = True
+            case "deadline":
+                world.leader.silent = True
+            case "stopped":
+                world.ask(StopRequest("a", 1000, 0.0))
+            case _:
+                mapping = world.mapping("a")
+                if how == "init stopped":
+                    os.kill(mapping.get(Field.INIT_PID), signal.SIGSTOP)
+                os.kill(mapping.get(Field.SHIM_PID), signal.SIGKILL)
+
+        world.wait_until(lambda: run if (run := world.run("a")) and run.state == "stopped" else None)
+        time.sleep(0.05)
+        assert not world.lock_held("a"), "I43: a child of the VM outlives it"
+
+
 @pytest.mark.parametrize("how", ["nobody", "user namespace"])
 def test_an_unprivileged_guard_contains_its_vms_as_well(how: str) -> None:
     """As another user (the namespace is made with a user namespace), and as root of a user namespace only."""

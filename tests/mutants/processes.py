@@ -41,6 +41,14 @@ MUTANTS: list[Mutant] = [
         test=GUARD_TEST + "test_a_double_forked_child_in_its_own_session_dies_with_its_vm_at_the_deadline",
     ),
     Mutant(
+        name="H27 without a namespace, init is killed before it has ended the tree below it",
+        file=GUARD + "runs.py",
+        old="        if self._is_contained(entry):\n            init.send",
+        new="        if init is not None:\n            init.send",
+        invariant="I43",
+        test=GUARD_TEST + "test_without_namespaces_a_vms_children_end_with_it_while_the_guard_lives",
+    ),
+    Mutant(
         name="H29 a new guard extends runs of a lease that its Grant does not continue",
         file=GUARD + "rules.py",
         old="if oldest <= run.lease_token <= token and not run.lost:",
