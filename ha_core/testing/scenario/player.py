@@ -50,6 +50,7 @@ class Play:
 
     def run(self) -> PlayResult:
         self.sim.every(LOOK_NS, self.world.watch_peers)
+        self.sim.every(LOOK_NS, self.world.watch_waiting)
         forming = Forming(self.world)
         try:
             forming.run(self._begin)

@@ -138,6 +138,9 @@ class ScenarioWorld(World):
         self.fates = {vm.name: VmFate(vm) for vm in scenario.vms}
         self.center_on = True
         self.pingable = dict.fromkeys([host.name for host in scenario.hosts], True)
+        self._verdicts: dict[str, Verdict] = {}
+        self._waits: dict[VmName, str] = {}
+        self._told_waits: dict[VmName, str] = {}
         self._silent_ns: dict[tuple[str, str], int] = {}
         self._reached: dict[tuple[str, str], tuple[int, bool]] = {}
         self._told_members: tuple[Sequence[NodeId], Sequence[NodeId]] = ((), ())
@@ -241,10 +244,27 @@ class ScenarioWorld(World):
             host.aam.post(PingAnswered(address))
 
     def _verdict(self, host: ClusterHost, effect: VerdictChanged) -> None:
+        """Told when it is another than the last one; an agent that begins anew says the same again."""
+        if effect.verdict is Verdict.PINGING or effect.verdict is self._verdicts.get(host.name, Verdict.CONNECTED):
+            return
+        self._verdicts[host.name] = effect.verdict
         if effect.verdict is Verdict.CONNECTED:
             self.record.note(host.name, "sees a leader again")
-        elif effect.verdict is not Verdict.PINGING:
+        else:
             self.record.note(host.name, f"says that it is {effect.verdict.value}: {effect.reason}")
+
+    def watch_waiting(self) -> None:
+        """Tell why a VM waits, once it has done so for the same reason from one look to the next."""
+        aam = next((self.aam_of(host) for host in self.hosts.values() if self.leads(host)), None)
+        if aam is None:
+            return
+        waits = {waiting.vm: waiting.reason for waiting in aam.waiting}
+        for vm, reason in waits.items():
+            if self._waits.get(vm) == reason != self._told_waits.get(vm):
+                self._told_waits[vm] = reason
+                self.record.note(vm, f"waits: {reason}")
+        self._waits = waits
+        self._told_waits = {vm: reason for vm, reason in self._told_waits.items() if vm in waits}
 
     # -- the administrator --
 
