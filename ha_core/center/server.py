@@ -63,6 +63,7 @@ class Center:
             "host.paths": self._list_paths,
             "host.remove": self._remove_host,
             "host.maintenance": self._maintenance,
+            "host.fenced": self._fenced,
             "vm.add": self._add_vm,
             "vm.remove": self._remove_vm,
             "vm.want": self._want_vm,
@@ -228,6 +229,26 @@ class Center:
         name = HostName(call.text("name"))
         await self._command(name, commands.SetHostState(name, state))
         return {"name": name, "state": state.value}
+
+    async def _fenced(self, call: Call) -> Answer:
+        """An administrator says that a host is off: what nobody else can tell, if its lease has no deadline or its VMs outlive
+        it. Not of one that answers."""
+        name = HostName(call.text("name"))
+        lease = next((one for one in await self._records(Lease) if one.host == name), None)
+        if lease is None:
+            raise OperationFailedError(f"{name}: it never had a lease")
+        known = next((one for one in await self._records(Host) if one.name == name), None)
+        if known is not None and known.management and await self._answers(known.management):
+            raise OperationFailedError(f"{name} answers: it is not off")
+        await self._command(name, commands.Fenced(name, lease.token, "an administrator says that it is off"))
+        return {"name": name}
+
+    async def _answers(self, address: str) -> bool:
+        try:
+            await call_host(address, self._key, "host.info")
+        except HAError:
+            return False
+        return True
 
     # -- virtual machines --
 

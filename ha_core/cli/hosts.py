@@ -106,3 +106,16 @@ def maintenance(center: str, key: Path, as_json: bool, name: str, switch: str) -
     answer = ask_center(center, key, "host.maintenance", name=name, on=switch == "on")
     text = "is being emptied and stays empty: ha-core vm list shows how far it is" if switch == "on" else "takes VMs again"
     say(answer, f"{name} {text}", as_json)
+
+
+@host.command(short_help="Say that a host is off, so that its VMs may start elsewhere.")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="It is off, and stays off until its agents start anew.")
+@asks_center
+def fenced(center: str, key: Path, as_json: bool, name: str, yes: bool) -> None:
+    """Say that a host is off, and that nothing runs there: VMs that wait because nobody can tell start elsewhere. If that is wrong
+    they run twice, and their data are lost."""
+    if not yes:
+        raise click.UsageError(f"make sure that {name} is off (power, not network), and add --yes")
+    answer = ask_center(center, key, "host.fenced", name=name)
+    say(answer, f"{name} counts as off: its VMs start elsewhere", as_json)

@@ -24,7 +24,7 @@ from ha_core.errors import (
     RemoteProtocolError,
 )
 from ha_core.ids import FencingToken, HostName, LeaseToken, LogIndex, VmName
-from ha_core.machines.failover.records import Decision, Host, Mode, Record, Run, RunState, Settings, Vm, Wanted
+from ha_core.machines.failover.records import Decision, Host, Lease, Mode, Record, Run, RunState, Settings, Vm, Wanted
 from ha_core.runtime.rpc import Call, serve_tcp, serve_unix
 
 KEY = bytes(range(32))
@@ -145,6 +145,27 @@ async def test_a_host_that_cannot_go_is_kept(tmp_path: Path, name: str, text: st
     async with vpxa(tmp_path / "1", cluster([only])) as one:
         with pytest.raises(OperationFailedError, match=text):
             await Center(key=KEY, vpxas=[one]).handle(Call("host.remove", {"name": name}, nothing))
+
+
+async def test_only_of_a_host_that_does_not_answer_can_be_said_that_it_is_off(tmp_path: Path) -> None:
+    lease = Lease(HostName("h2.example"), LeaseToken(9), b"boot", b"guard", 1, 2, 1, 2)
+    asked: list[Call] = []
+
+    def answer(call: Call) -> object:
+        asked.append(call)
+        return (True, 0, "") if call.method == "cluster.call" else cluster([host(1), host(2), lease])(call)
+
+    async with vpxa(tmp_path / "1", answer) as one:
+        assert await ask(one, "host.fenced", name="h2.example") == {"name": "h2.example"}
+        assert [call.params["args"] for call in asked if call.method == "cluster.call"] == [
+            ["h2.example", 9, "an administrator says that it is off"]
+        ]
+        with pytest.raises(OperationFailedError, match="h1.example: it never had a lease"):
+            await ask(one, "host.fenced", name="h1.example")
+
+    async with management(lambda call: {}) as address, vpxa(tmp_path / "2", cluster([host(2, address), lease])) as one:
+        with pytest.raises(OperationFailedError, match="h2.example answers: it is not off"):
+            await ask(one, "host.fenced", name="h2.example")
 
 
 async def test_a_thousand_vms_are_listed_page_by_page(tmp_path: Path) -> None:

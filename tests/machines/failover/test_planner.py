@@ -442,6 +442,9 @@ def test_what_ran_on_a_host_that_died_while_disarmed_says_what_it_waits_for() ->
     assert waits(log, "h2") == {"a": "it may still run on h1, whose lease has no deadline: needs the host, or fencing"}
     assert assigned(log, "h2") == []
 
+    log.done(c.Fenced(HostName("h1"), log.token("h1"), "seen"))
+    assert assigned(log, "h2") == [("a", "h2")]
+
 
 def test_starts_and_moves_in_progress_are_limited() -> None:
     log = Log(hosts=2, settings=Settings(starts_per_host=1, moves=1))
