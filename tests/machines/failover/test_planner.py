@@ -442,6 +442,7 @@ def test_what_ran_on_a_host_that_died_while_disarmed_says_what_it_waits_for() ->
     assert waits(log, "h2") == {"a": "it may still run on h1, whose lease has no deadline: needs the host, or fencing"}
     assert assigned(log, "h2") == []
 
+    log.done(c.Confirm(HostName("h2"), LeaseToken(log.grant("h2"))))
     log.done(c.Fenced(HostName("h1"), log.token("h1"), "seen"))
     assert assigned(log, "h2") == [("a", "h2")]
 
