@@ -16,19 +16,18 @@ MUTANTS: list[Mutant] = [
         ),
         invariant="I13",
         campaign="messages",
-        seed=7,
+        seed=4,
     ),
     Mutant(
         name="M2 a high-water mark per peer swallows the messages of its next life",
         file="ha_core/machines/connections.py",
         old="            session = peer.session = Session(session_id, ours, theirs, self.effects)\n",
         new=(
-            "            marks = globals().setdefault('MARKS', {}).setdefault((id(self), peer.node), {})\n"
+            "            marks = globals().setdefault('MARKS', {}).setdefault((ours.boot, peer.node), {})\n"
             "            session = peer.session = Session(session_id, ours, theirs, self.effects, receiving=marks)\n"
         ),
         invariant="I26",
         campaign="messages",
-        seed=8,
     ),
     Mutant(
         name="M4 another life takes over though the present one lives",
@@ -37,7 +36,7 @@ MUTANTS: list[Mutant] = [
         new="            self._establish(peer, connection, ours, theirs, now_ns)\n        else:\n",
         invariant="I11",
         campaign="messages",
-        seed=24,
+        seed=16,
     ),
     Mutant(
         name="M4 a receiver that restarted has forgotten whom it served",
@@ -76,7 +75,7 @@ MUTANTS: list[Mutant] = [
         ),
         invariant="I23",
         campaign="messages",
-        seed=18,
+        seed=3,
     ),
     Mutant(
         name="M26 a datagram of an earlier session is taken in the present one",
@@ -88,7 +87,7 @@ MUTANTS: list[Mutant] = [
         ),
         invariant="I16",
         campaign="messages",
-        seed=18,
+        seed=47,
     ),
     Mutant(
         name="M28 a poison message blocks for ever",
@@ -166,9 +165,9 @@ MUTANTS: list[Mutant] = [
         new=(
             "            from ha_core.machines.messages import SendRun\n"
             "            unsent = globals().setdefault('UNSENT', {})\n"
-            "            old = unsent.get((id(self), peer.node))\n"
+            "            old = unsent.get((ours.boot, peer.node))\n"
             "            session = peer.session = Session(session_id, ours, theirs, self.effects)\n"
-            "            unsent[id(self), peer.node] = session\n"
+            "            unsent[ours.boot, peer.node] = session\n"
             "            for channel in old.channels() if old is not None else ():\n"
             "                runs = [memoryview(item.frame)[8:] for item in channel.segments.values() if item.frame[5] == 0]\n"
             "                bodies = [body for run in runs for body in wire.decode_run(run)[1]]\n"
@@ -176,6 +175,7 @@ MUTANTS: list[Mutant] = [
         ),
         invariant="I14",
         campaign="messages",
+        seed=20,
     ),
     Mutant(
         name="M24 one sequence for all channels of a session",

@@ -262,22 +262,29 @@ class World:
         clone.store.restore(node.store.durable)
         self.oracle.share(node.store.durable.store, clone.name)
         self.clone = clone
-        clone.process.start()
-        self._act(clone, self.sim.stream("act/clone"))
-        if rng.random() < 0.4:
+        takes_turns = rng.random() < 0.4
+        if takes_turns or rng.random() < 0.7:
+            # They send on channels of their own, so that no digest tells the two apart.
+            self.turns = {node.name: CHANNELS[0], clone.name: CHANNELS[1]}
+        delay_ns = 0 if takes_turns else rng.randrange(600) * MILLISECOND
+        self.sim.after(delay_ns, self._start_clone, clone)
+        if takes_turns:
             self._take_turns(node, clone, rng)
             return
         if rng.random() < 0.6:
             # The original restarts until its boot numbers are past those of the clone, and is refused for that, too.
             for turn in range(1, 4):
-                self.sim.after(turn * 350 * MILLISECOND, node.process.end)
-                self.sim.after((turn * 350 + 20) * MILLISECOND, node.process.start)
-        self.sim.after(rng.randrange(1500, 5000) * MILLISECOND, clone.process.end)
+                self.sim.after(delay_ns + turn * 350 * MILLISECOND, node.process.end)
+                self.sim.after(delay_ns + (turn * 350 + 20) * MILLISECOND, node.process.start)
+        self.sim.after(delay_ns + rng.randrange(1500, 5000) * MILLISECOND, clone.process.end)
+
+    def _start_clone(self, clone: MessagesNode) -> None:
+        if self.sim.now_ns < self._until:
+            clone.process.start()
+            self._act(clone, self.sim.stream("act/clone"))
 
     def _take_turns(self, node: MessagesNode, clone: MessagesNode, rng: random.Random) -> None:
-        """The original is seen, then the clone, then the original again, by receivers that have restarted since. They send on
-        channels of their own, so that no digest tells the two apart."""
-        self.turns = {node.name: CHANNELS[0], clone.name: CHANNELS[1]}
+        """The original is seen, then the clone, then the original again, by receivers that have restarted since."""
         cuts = [self.network.isolate(clone.name)]
 
         def swap(hidden: str, *, restart: bool) -> None:
