@@ -445,6 +445,30 @@ def test_a_dead_or_stopped_guard_is_replaced_once_and_no_vm_disturbed(fault: str
         assert world.lock_held("a")
 
 
+def test_while_another_process_restarts_the_guard_nobody_else_does() -> None:
+    """H20, with the other restarter held in the middle of it."""
+    hold = (
+        "import sys, time; from ha_core.guard.processes import open_lock, take_lock;"
+        "assert take_lock(open_lock(sys.argv[1], 'guard-restart')); print('held', flush=True); time.sleep(60)"
+    )
+    with World(agents=("aam", "vpxa"), watchdogs=True) as world:
+        first = world.start_guard()
+        world.wait_until(lambda: world.lives("aam") and world.lives("vpxa"), 10)
+        with subprocess.Popen([sys.executable, "-c", hold, world.run_dir], stdout=subprocess.PIPE) as other:
+            try:
+                assert other.stdout is not None
+                assert other.stdout.readline() == b"held\n"
+                first.kill()
+                first.wait()
+                time.sleep(0.7)
+                assert "guard restarted" not in world.log(), "I45 violated: two processes restarted the guard"
+                assert world.guard_pid() == 0
+            finally:
+                other.kill()
+        world.wait_until(lambda: world.guard_pid() != 0)
+        world.wait_for_lease()
+
+
 def test_a_hung_guard_is_replaced_once_and_no_vm_disturbed() -> None:
     """It hangs in a system call: opening a FIFO that nobody writes, where its list of primaries should be."""
     with World(agents=("aam", "vpxa"), watchdogs=True) as world:

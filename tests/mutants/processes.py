@@ -30,7 +30,7 @@ MUTANTS: list[Mutant] = [
         old="if not take_lock(lock):",
         new="if take_lock(lock) is None:",
         invariant="I45",
-        test=GUARD_TEST + "test_a_dead_or_stopped_guard_is_replaced_once_and_no_vm_disturbed",
+        test=GUARD_TEST + "test_while_another_process_restarts_the_guard_nobody_else_does",
     ),
     Mutant(
         name="H27 a VM without a namespace of its own",
