@@ -40,7 +40,9 @@ def test_demo_holds_on_diskless_hosts(tmp_path: Path) -> None:
 
 def test_interrupted_demo_leaves_no_process_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ha_core", "demo", "--keep", str(tmp_path / "kept")]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+    )
     time.sleep(6)  # some VMs run by now
 
     process.send_signal(signal.SIGINT)
@@ -62,3 +64,8 @@ def _processes_that_mention(text: str) -> list[str]:
             if text in words and "pytest" not in words:
                 found.append(words)
     return found
+
+
+def _heed_interrupts() -> None:
+    """A shell's background jobs, and so the tests that run in one, inherit SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
