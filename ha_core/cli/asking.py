@@ -21,6 +21,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 Rows = Sequence[Mapping[str, object]]
 
 
+key_option = click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    envvar="HA_CORE_KEY",
+    show_envvar=True,
+    required=True,
+    help="The cluster key file.",
+)
+
+
 def asks_center(function: F) -> F:
     """The options of every command that speaks to the center."""
     for option in (
@@ -32,14 +42,7 @@ def asks_center(function: F) -> F:
             show_envvar=True,
             help="Where the center listens.",
         ),
-        click.option(
-            "--key",
-            type=click.Path(path_type=Path),
-            envvar="HA_CORE_KEY",
-            show_envvar=True,
-            required=True,
-            help="The cluster key file.",
-        ),
+        key_option,
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ):
         function = option(function)

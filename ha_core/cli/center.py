@@ -10,6 +10,7 @@ import click
 import trio
 
 from ha_core.center.server import Center
+from ha_core.cli.asking import key_option
 from ha_core.config import split_address
 from ha_core.errors import ConfigError
 from ha_core.runtime.rpc import serve_tcp
@@ -24,14 +25,7 @@ from ha_core.security.key import load_key
     metavar="HOST:PORT",
     help="Where the command line reaches the center.",
 )
-@click.option(
-    "--key",
-    type=click.Path(path_type=Path),
-    envvar="HA_CORE_KEY",
-    show_envvar=True,
-    required=True,
-    help="The cluster key file.",
-)
+@key_option
 @click.option(
     "--vpxa",
     "vpxas",
@@ -49,8 +43,8 @@ def center(listen: str, key: Path, vpxas: tuple[str, ...]) -> None:
         known.insert(0, Path(local) / "vpxa.sock")
     if not known:
         raise ConfigError("center: expected the management address of at least one host: --vpxa HOST:PORT", field="--vpxa")
-    server = Center(key=load_key(key), vpxas=known)
-    trio.run(_serve, listen, server, load_key(key))
+    cluster_key = load_key(key)
+    trio.run(_serve, listen, Center(key=cluster_key, vpxas=known), cluster_key)
 
 
 async def _serve(listen: str, server: Center, key: bytes) -> None:

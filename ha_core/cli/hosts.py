@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -17,8 +16,8 @@ MANAGEMENT_PORT = 7500
 HOST_COLUMNS = ("name", "state", "role", "lease", "sees itself", "containment", "links")
 
 
-def show_hosts(rows: Rows) -> None:
-    """The lease with its state, and why a host is not connected."""
+def show_hosts(rows: Rows, as_json: bool = False) -> None:
+    """For people: the lease with its state, and why a host is not connected."""
     cells = [
         {
             **row,
@@ -27,7 +26,7 @@ def show_hosts(rows: Rows) -> None:
         }
         for row in rows
     ]
-    show(cells, HOST_COLUMNS, False)
+    show(rows if as_json else cells, HOST_COLUMNS, as_json)
 
 
 @click.group(short_help="Add, list, drain and remove hosts.")
@@ -56,11 +55,7 @@ def add_host(center: str, key: Path, as_json: bool, name: str, address: str | No
 @asks_center
 def list_hosts(center: str, key: Path, as_json: bool) -> None:
     """Hosts, their roles and leases, and what each says of itself: connected, partitioned, isolated or failed."""
-    rows = ask_center(center, key, "host.list")
-    if as_json:
-        click.echo(json.dumps(rows, default=str))
-    else:
-        show_hosts(rows)
+    show_hosts(ask_center(center, key, "host.list"), as_json)
 
 
 @host.command("paths")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from ha_core.cli.asking import Rows, ask_center, asks_center, say, show
 VM_COLUMNS = ("name", "wanted", "state", "host", "priority", "after", "token", "why")
 
 
-def show_vms(rows: Rows) -> None:
-    show([{**row, "why": _why(row)} for row in rows], VM_COLUMNS, False)
+def show_vms(rows: Rows, as_json: bool = False) -> None:
+    show(rows if as_json else [{**row, "why": _why(row)} for row in rows], VM_COLUMNS, as_json)
 
 
 def _why(row: Mapping[str, object]) -> str:
@@ -98,8 +97,4 @@ def remove_vm(center: str, key: Path, as_json: bool, name: str) -> None:
 @asks_center
 def list_vms(center: str, key: Path, as_json: bool) -> None:
     """VMs, where they run and why; those that do not, what they wait for."""
-    rows = ask_center(center, key, "vm.list")
-    if as_json:
-        click.echo(json.dumps(rows, default=str))
-    else:
-        show_vms(rows)
+    show_vms(ask_center(center, key, "vm.list"), as_json)
