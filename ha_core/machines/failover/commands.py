@@ -7,7 +7,7 @@ any of them may be proposed again at any time, by any leader.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar, Generic, Self, TypeVar, cast
 
 import attrs
 
@@ -17,6 +17,7 @@ from ha_core.machines.failover.records import (
     Host,
     HostState,
     Name,
+    Record,
     Role,
     Rule,
     RunState,
@@ -28,6 +29,7 @@ from ha_core.machines.failover.records import (
 from ha_core.machines.keyvalue.model import Plain
 
 C = TypeVar("C", bound="Command")
+R = TypeVar("R", bound=Record)
 
 
 class Command:
@@ -45,6 +47,21 @@ class Command:
             return cls(*args)
         except (TypeError, ValueError) as exc:
             raise StorageError(f"{cls.name}: wrong arguments: {exc}") from exc
+
+
+@attrs.frozen
+class RecordCommand(Command, Generic[R]):
+    """Base of those that put a whole record; ``procedure`` refuses one of a wrong shape before anything looks at it."""
+
+    kind: ClassVar[type[Record]]
+    fields: tuple[Plain, ...]
+
+    @classmethod
+    def of(cls, record: R) -> Self:
+        return cls(cast(tuple[Plain, ...], plain(record)))
+
+    def record(self) -> R:
+        return cast(R, self.kind(*self.fields))
 
 
 @attrs.frozen
@@ -188,18 +205,11 @@ class Settle(Command):
 
 
 @attrs.frozen
-class RegisterHost(Command):
+class RegisterHost(RecordCommand[Host]):
     """A host's AAM (or the center) says what it is; its state and role stay as they are if it is known."""
 
     name: ClassVar[str] = "ha.host"
-    record: tuple[Plain, ...]
-
-    @classmethod
-    def of(cls, host: Host) -> RegisterHost:
-        return cls(cast(tuple[Plain, ...], plain(host)))
-
-    def host(self) -> Host:
-        return Host(*self.record)  # type: ignore[arg-type]
+    kind: ClassVar[type[Host]] = Host
 
 
 @attrs.frozen
@@ -223,18 +233,11 @@ class SetHostRole(Command):
 
 
 @attrs.frozen
-class DefineVm(Command):
+class DefineVm(RecordCommand[Vm]):
     """Add a VM or change its definition; ``wanted`` of a known one is left to WantVm."""
 
     name: ClassVar[str] = "ha.vm"
-    record: tuple[Plain, ...]
-
-    @classmethod
-    def of(cls, vm: Vm) -> DefineVm:
-        return cls(cast(tuple[Plain, ...], plain(vm)))
-
-    def vm(self) -> Vm:
-        return Vm(*self.record)  # type: ignore[arg-type]
+    kind: ClassVar[type[Vm]] = Vm
 
 
 @attrs.frozen
@@ -266,16 +269,9 @@ class MoveVm(Command):
 
 
 @attrs.frozen
-class SetRule(Command):
+class SetRule(RecordCommand[Rule]):
     name: ClassVar[str] = "ha.rule"
-    record: tuple[Plain, ...]
-
-    @classmethod
-    def of(cls, rule: Rule) -> SetRule:
-        return cls(cast(tuple[Plain, ...], plain(rule)))
-
-    def rule(self) -> Rule:
-        return Rule(*self.record)  # type: ignore[arg-type]
+    kind: ClassVar[type[Rule]] = Rule
 
 
 @attrs.frozen
@@ -285,30 +281,16 @@ class RemoveRule(Command):
 
 
 @attrs.frozen
-class SetSettings(Command):
+class SetSettings(RecordCommand[Settings]):
     """The whole record; a change of ``mode`` arms or disarms the cluster."""
 
     name: ClassVar[str] = "ha.settings"
-    record: tuple[Plain, ...]
-
-    @classmethod
-    def of(cls, settings: Settings) -> SetSettings:
-        return cls(cast(tuple[Plain, ...], plain(settings)))
-
-    def settings(self) -> Settings:
-        return Settings(*self.record)  # type: ignore[arg-type]
+    kind: ClassVar[type[Settings]] = Settings
 
 
 @attrs.frozen
-class SetName(Command):
+class SetName(RecordCommand[Name]):
     """A managed name beside the hosts'; no addresses: forget it."""
 
     name: ClassVar[str] = "ha.name"
-    record: tuple[Plain, ...]
-
-    @classmethod
-    def of(cls, entry: Name) -> SetName:
-        return cls(cast(tuple[Plain, ...], plain(entry)))
-
-    def entry(self) -> Name:
-        return Name(*self.record)  # type: ignore[arg-type]
+    kind: ClassVar[type[Name]] = Name

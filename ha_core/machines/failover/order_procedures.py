@@ -23,17 +23,13 @@ from ha_core.machines.failover.records import (
     Vm,
     Wanted,
 )
-from ha_core.machines.failover.shapes import shape_problem
 
 # -- hosts --
 
 
 @procedure(c.RegisterHost)
 def register_host(tx: KvTransaction, index: LogIndex, command: c.RegisterHost) -> Outcome:
-    new = command.host()
-    problem = shape_problem(new)
-    if problem:
-        return refuse(problem)
+    new = command.record()
     old = Host.get(tx, new.name)
     if old is None:
         decide(tx, index, "registered", host=new.name)
@@ -83,10 +79,7 @@ def set_host_role(tx: KvTransaction, index: LogIndex, command: c.SetHostRole) ->
 
 @procedure(c.DefineVm)
 def define_vm(tx: KvTransaction, index: LogIndex, command: c.DefineVm) -> Outcome:
-    new = command.vm()
-    problem = shape_problem(new)
-    if problem:
-        return refuse(problem)
+    new = command.record()
     vms = {vm.name: vm for vm in Vm.all(tx)}
     old = vms.get(new.name)
     vms[new.name] = new
@@ -185,11 +178,7 @@ def move_vm(tx: KvTransaction, index: LogIndex, command: c.MoveVm) -> Outcome:
 
 @procedure(c.SetRule)
 def set_rule(tx: KvTransaction, index: LogIndex, command: c.SetRule) -> Outcome:
-    rule = command.rule()
-    problem = shape_problem(rule)
-    if problem:
-        return refuse(problem)
-    rule.put(tx)
+    command.record().put(tx)
     return DONE
 
 
@@ -201,10 +190,7 @@ def remove_rule(tx: KvTransaction, index: LogIndex, command: c.RemoveRule) -> Ou
 
 @procedure(c.SetSettings)
 def set_settings(tx: KvTransaction, index: LogIndex, command: c.SetSettings) -> Outcome:
-    old, new = settings_of(tx), command.settings()
-    problem = shape_problem(new)
-    if problem:
-        return refuse(problem)
+    old, new = settings_of(tx), command.record()
     if new.margin_ns * 50 < new.lease_ns or new.margin_ns >= new.lease_ns:
         return refuse("margin_ns must be at least 2 % of lease_ns and less than it")
     if not new.retries_ns or list(new.retries_ns) != sorted(new.retries_ns):
@@ -230,10 +216,7 @@ def _failover_in_progress(tx: KvTransaction) -> bool:
 
 @procedure(c.SetName)
 def set_name(tx: KvTransaction, index: LogIndex, command: c.SetName) -> Outcome:
-    entry = command.entry()
-    problem = shape_problem(entry)
-    if problem:
-        return refuse(problem)
+    entry = command.record()
     if entry.addresses:
         entry.put(tx)
     else:

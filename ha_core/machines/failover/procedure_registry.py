@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from ha_core.ids import HostName, LogIndex
-from ha_core.machines.failover.commands import Command, Outcome
+from ha_core.machines.failover.commands import Command, Outcome, RecordCommand
 from ha_core.machines.failover.records import (
     Decision,
     DecisionCount,
@@ -14,6 +14,7 @@ from ha_core.machines.failover.records import (
     Run,
     Settings,
 )
+from ha_core.machines.failover.shapes import shape_problem
 from ha_core.machines.keyvalue.model import Plain
 
 C = TypeVar("C", bound=Command)
@@ -28,7 +29,9 @@ def procedure(kind: type[C]) -> Callable[[Callable[[KvTransaction, LogIndex, C],
 
     def register(function: Callable[[KvTransaction, LogIndex, C], Outcome]) -> Procedure:
         def run(tx: KvTransaction, index: LogIndex, args: Sequence[Plain]) -> Plain:
-            return function(tx, index, kind.decode(args)).encode()
+            command = kind.decode(args)
+            problem = shape_problem(command.record()) if isinstance(command, RecordCommand) else ""
+            return (refuse(problem) if problem else function(tx, index, command)).encode()
 
         PROCEDURES[kind.name] = run
         return run
