@@ -18,7 +18,7 @@ from ha_core.machines import handshake, wire
 from ha_core.machines.connection import Connection
 from ha_core.machines.connection_table import ConnectionTable
 from ha_core.machines.datagrams import DatagramPort
-from ha_core.machines.handshake import REFUSALS, Handshake, Hello, SeenBoot
+from ha_core.machines.handshake import REFUSALS, Handshake, Hello
 from ha_core.machines.messages import (
     Accepted,
     Disconnect,
@@ -148,8 +148,9 @@ class Connections(ConnectionTable):
             self.by_session[session_id] = peer
             for path in peer.paths.values():
                 path.forgive()
-            self.effects.append(SessionUp(peer.node, session_id, theirs.store, theirs.boot, theirs.boots_digest))
-            self.note_seen(SeenBoot(peer.node, theirs.store, theirs.boot, theirs.boots_digest))
+            up = SessionUp(peer.node, session_id, theirs.store, theirs.boot, theirs.boots_digest)
+            self.effects.append(up)
+            self.note_seen(up.seen)
         peer.last = theirs
         path = self._path_of(peer, connection, theirs)
         connection.path = path

@@ -132,8 +132,7 @@ class DurableMachine:
         self._refused.pop(event.peer, None)
         self._sessions[event.peer] = (event.session, event.store)
         self.sender.session_up(event.peer)
-        seen = SeenBoot(event.peer, event.store, event.boot, event.boots_digest)
-        reports = self.receiver.session_up(seen)
+        reports = self.receiver.session_up(event.seen)
         self._send(event.peer, REPORTS_CHANNEL, [encode_report(Report(True, reports))])
 
     def _session_down(self, event: SessionDown) -> None:

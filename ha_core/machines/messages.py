@@ -15,6 +15,7 @@ import attrs
 
 from ha_core.ids import Boot, ChannelName, LinkName, NodeId, SessionId, StoreId
 from ha_core.machines.contract import Effect, Event
+from ha_core.machines.handshake import SeenBoot
 
 
 @attrs.frozen
@@ -115,6 +116,11 @@ class SessionUp(Effect):
     boot: Boot
     boots_digest: bytes = b""
     """Of all earlier boots of the store."""
+
+    @property
+    def seen(self) -> SeenBoot:
+        """Whom the session is with, as later lives of this node have to remember it."""
+        return SeenBoot(self.peer, self.store, self.boot, self.boots_digest)
 
 
 @attrs.frozen

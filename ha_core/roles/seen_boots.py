@@ -37,7 +37,7 @@ class SeenBoots:
         return list(self._known.values())
 
     def note(self, effect: SessionUp) -> None:
-        seen = SeenBoot(effect.peer, effect.store, effect.boot, effect.boots_digest)
+        seen = effect.seen
         if self._known.get(effect.store) != seen:
             self._known.pop(effect.store, None)
             if len(self._known) >= MAX_SEEN:
