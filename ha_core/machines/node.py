@@ -105,7 +105,7 @@ class _Seat:
     child: Child
     told: list[Event] = attrs.field(factory=list)
     fed: bool = True
-    timer_ns: int | None = None
+    timer_ns: int | None = attrs.field(default=attrs.Factory(lambda self: self.child.machine.next_timer(), takes_self=True))
 
 
 class NodeMachine:
@@ -156,8 +156,7 @@ class NodeMachine:
             self._endpoint.handle_timer(now_ns)
             self._endpoint_fed = True
         for seat in self._seats:
-            timer_ns = seat.child.machine.next_timer() if seat.fed else seat.timer_ns
-            if timer_ns is not None and timer_ns <= now_ns:
+            if seat.timer_ns is not None and seat.timer_ns <= now_ns:
                 seat.child.machine.handle_timer(now_ns)
                 seat.fed = True
         self._settle(now_ns)
@@ -165,9 +164,8 @@ class NodeMachine:
     def next_timer(self) -> int | None:
         earliest = self._endpoint.next_timer()
         for seat in self._seats:
-            timer_ns = seat.child.machine.next_timer() if seat.fed else seat.timer_ns
-            if timer_ns is not None and (earliest is None or timer_ns < earliest):
-                earliest = timer_ns
+            if seat.timer_ns is not None and (earliest is None or seat.timer_ns < earliest):
+                earliest = seat.timer_ns
         return earliest
 
     def take_effects(self) -> list[Effect]:
