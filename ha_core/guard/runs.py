@@ -387,10 +387,3 @@ def living_processes(run_dir: str) -> list[Process]:
                 found.append(open_process(mapping.get(pid), mapping.get(start)))
             mapping.close()
     return [process for process in found if process is not None]
-
-
-def containment_of(mapping: RunMapping) -> str:
-    """What a run's shim reached."""
-    return {Containment.PID_NAMESPACE: "pid-namespace", Containment.SUBREAPER: "subreaper"}.get(
-        Containment(mapping.get(Field.CONTAINMENT)), "unknown"
-    )
